@@ -1,0 +1,181 @@
+"""The commands, and which code each one runs; that code is imported when it runs."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import RequestError
+from ..version import __version__
+from . import options
+from .command import SETTINGS, Command, Group
+from .progress import Talk
+
+SPELLING_HELP = (
+    "Hyphens and underscores in option names are the same. Results go to stdout, everything else to stderr. "
+    "Exit codes: 0 done, 1 internal error, 2 usage, 3 bad file, 4 model missing or damaged, 6 out of memory, "
+    "7 no such device, 130 cancelled."
+)
+
+EDIT_HELP = (
+    "Change pictures by words.\n\n"
+    'qengine edit photo.jpg "make it grayscale" -o out.png\n\n'
+    "Without --model the tiny model inside qengine is used. Without -o the result is <name>_edited.png "
+    "in the current folder; files that exist are not overwritten.\n\n" + SPELLING_HELP
+)
+GENERATE_HELP = (
+    "Make a picture from words; needs --model.\n\n"
+    'qengine generate "a red bicycle" --model qwen-image -o out.png\n\n' + SPELLING_HELP
+)
+INFO_HELP = "Say what made a picture, or what a model is.\n\nSUBJECT is a PNG made by qengine, or a model as --model names it."
+RERUN_HELP = (
+    "Repeat the run that made a PNG.\n\nOn the same machine's CPU the result is the same "
+    "to the bit. Input pictures are looked for at their recorded path, then beside the PNG, and must be unchanged; "
+    "--ref names others."
+)
+
+
+@cache
+def root() -> click.Group:
+    """The ``qengine`` command with everything below it."""
+    group = Group(
+        "qengine",
+        callback=_root,
+        invoke_without_command=True,
+        help="Image editing and generation with Qwen-Image models. Alone it says what is here and what to do next.",
+        context_settings=SETTINGS,
+        epilog='Start with: qengine edit PHOTO "make it grayscale" -o out.png',
+    )
+    version = f"qengine {__version__}"
+    group.params.append(click.Option(["--version"], is_flag=True, is_eager=True, expose_value=False, callback=_say(version), help="Show the version."))
+    group.params.append(click.Option(["--debug"], is_flag=True, expose_value=False, help="Show the traceback of an error."))
+    for command in _commands():
+        group.add_command(command)
+    return group
+
+
+def _commands() -> list[click.Command]:
+    model = [("model", "MODEL", False)]
+    return [
+        Command("edit", _edit, options.EDIT_SECTIONS, [("words", "[IMAGE]... [PROMPT]", True)], EDIT_HELP),
+        Command("generate", _generate, options.GENERATE_SECTIONS, [("words", "[PROMPT]", True)], GENERATE_HELP),
+        Command("rerun", _rerun, options.RERUN_SECTIONS, [("picture", "PNG", False)], RERUN_HELP),
+        Command("info", _info, options.INFO_SECTIONS, [("words", "[SUBJECT]", True)], INFO_HELP),
+        Command("pull", _pull, options.MODEL_SECTIONS, model, "Download a model into the hub's cache; resumes."),
+        Command("ls", _ls, options.PLAIN_SECTIONS, (), "List the models that are here."),
+        Command("rm", _rm, options.PLAIN_SECTIONS, model, "Delete a model from the hub's cache."),
+        Command("verify", _verify, options.PLAIN_SECTIONS, model, "Check a model's files against their hashes."),
+        Command("doctor", _doctor, options.PLAIN_SECTIONS, (), "Say what this runs on and what is missing."),
+        Command(
+            "completion",
+            _completion,
+            {},
+            [("shell", "bash|zsh|fish|powershell", False)],
+            "Print a shell's completion script.\n\nIn ~/.bashrc: eval \"$(qengine completion bash)\"",
+        ),
+        click.Command(
+            "bench",
+            callback=_bench,
+            params=[click.Argument(["words"], nargs=-1, type=click.UNPROCESSED, metavar="[ARGUMENTS]...")],
+            help="Measure speed and memory.",
+            context_settings={"ignore_unknown_options": True, "help_option_names": []},
+        ),
+    ]
+
+
+def _root() -> int:
+    context = click.get_current_context()
+    if context.invoked_subcommand is None:
+        from .doctor import first_screen
+
+        print(first_screen())
+    return 0
+
+
+def _say(text: str) -> Any:
+    def callback(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+        if value and not context.resilient_parsing:
+            print(text)
+            context.exit()
+
+    return callback
+
+
+def _talk(values: dict[str, Any]) -> Talk:
+    if values["quiet"] and values["verbose"]:
+        raise RequestError("the words on stderr must be fewer or more, got both -q and -v")
+    return Talk(quiet=values["quiet"], verbose=values["verbose"])
+
+
+def _edit(words: tuple[str, ...], **values: Any) -> int:
+    from .order import edit_order
+    from .run import carry_out
+
+    return carry_out(edit_order(words, values), _talk(values))
+
+
+def _generate(words: tuple[str, ...], **values: Any) -> int:
+    from .order import generate_order
+    from .run import carry_out
+
+    return carry_out(generate_order(words, values), _talk(values))
+
+
+def _rerun(picture: str, **values: Any) -> int:
+    from .rerun import rerun_order
+    from .run import carry_out
+
+    talk = _talk(values)
+    return carry_out(rerun_order(Path(picture), values, talk), talk)
+
+
+def _info(words: tuple[str, ...], **values: Any) -> int:
+    from .info import show
+
+    return show(words, values)
+
+
+def _pull(model: str, **values: Any) -> int:
+    from .models import pull
+
+    return pull(model, values, _talk(values))
+
+
+def _ls(**values: Any) -> int:
+    from .models import list_all
+
+    return list_all(values)
+
+
+def _rm(model: str, **values: Any) -> int:
+    from .models import remove
+
+    return remove(model, values, _talk(values))
+
+
+def _verify(model: str, **values: Any) -> int:
+    from .models import verify
+
+    return verify(model, values, _talk(values))
+
+
+def _doctor(**values: Any) -> int:
+    from .doctor import show
+
+    return show(values)
+
+
+def _completion(shell: str) -> int:
+    from .completion import script
+
+    print(script(root(), shell))
+    return 0
+
+
+def _bench(words: tuple[str, ...]) -> int:
+    from ..bench.run import main
+
+    return main(list(words)) or 0

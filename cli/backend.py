@@ -1,0 +1,97 @@
+"""The floor below, imported when first needed: torch is not paid for by ``--help`` or by a wrong flag."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from ..engine.defaults import Defaults
+    from ..engine.events import Decoded, Encoded, Step
+    from ..engine.request import GenerateRequest
+    from ..engine.session import Engine
+    from ..loaders.source import ModelSource
+
+
+def make_request(kind: str, fields: Mapping[str, Any], images: Sequence[Path], seed: int) -> GenerateRequest:
+    """A validated request; needs no torch."""
+    from ..engine.request import EditRequest, GenerateRequest
+
+    if kind == "edit":
+        return EditRequest(images=tuple(images), seed=seed, **fields)
+    return GenerateRequest(seed=seed, **fields)
+
+
+def check_picture(path: Path) -> None:
+    """Read a picture once, so that a bad one is told before a model is read."""
+    from ..engine.picture import load_picture
+
+    load_picture(path)
+
+
+def open_engine(**choice: Any) -> Engine:
+    """``Engine.open``; the arguments are those of ``order.model_choice`` and ``order.device_choice``."""
+    from ..engine.session import Engine
+
+    return Engine.open(choice.pop("model", None), **choice)
+
+
+def phase_of(event: Encoded | Step | Decoded) -> str:
+    """The phase that an event ends or goes on with: ``encode``, ``denoise`` or ``decode``."""
+    from ..engine.events import Encoded, Step
+
+    if isinstance(event, Encoded):
+        return "encode"
+    return "denoise" if isinstance(event, Step) else "decode"
+
+
+def write_picture(path: Path, image: Image.Image, metadata: dict[str, Any] | None) -> None:
+    """Write a PNG, whole or not at all."""
+    from ..engine.metadata import write_png
+
+    write_png(path, image, metadata)
+
+
+def write_latents(path: Path, latents: torch.Tensor, metadata: dict[str, Any] | None) -> None:
+    """Write latents as safetensors, whole or not at all."""
+    from ..engine.metadata import write_latents as write
+
+    write(path, latents, metadata)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What a written file says of its making."""
+    from ..engine.metadata import read_metadata as read
+
+    return read(path)
+
+
+@contextlib.contextmanager
+def cancelling(engine: Engine) -> Iterator[Engine]:
+    """Free the engine on the way out; a Ctrl-C also stops threads that are still at work for it."""
+    try:
+        yield engine
+    except KeyboardInterrupt:
+        engine.cancel()
+        raise
+    finally:
+        engine.close()
+
+
+def open_source(**choice: Any) -> ModelSource:
+    """``loaders.open_model``: headers only."""
+    from ..loaders.source import open_model
+
+    return open_model(choice.pop("model", None), **choice)
+
+
+def defaults_of(source: ModelSource) -> Defaults:
+    """What a model does when it is not told otherwise."""
+    from ..engine.defaults import DEFAULTS
+
+    return DEFAULTS[source.defaults]

@@ -1,0 +1,106 @@
+"""What this machine has, asked without torch."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Card:
+    """An NVIDIA card as its driver reports it."""
+
+    name: str
+    total_bytes: int
+    free_bytes: int
+
+
+def version_of(package: str) -> str | None:
+    """Installed version of a distribution, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def cards() -> list[Card]:
+    """NVIDIA cards, by NVML; empty where there is no driver or no nvidia-ml-py."""
+    try:
+        import pynvml
+    except ImportError:
+        return []
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []
+    try:
+        return [_card(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount())]
+    except pynvml.NVMLError:
+        return []
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _card(pynvml: object, index: int) -> Card:
+    handle = pynvml.nvmlDeviceGetHandleByIndex(index)  # type: ignore[attr-defined]
+    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)  # type: ignore[attr-defined]
+    name = pynvml.nvmlDeviceGetName(handle)  # type: ignore[attr-defined]
+    return Card(name.decode() if isinstance(name, bytes) else name, int(memory.total), int(memory.free))
+
+
+def free_memory_bytes() -> int | None:
+    """RAM that a program could still get, or None where the system does not say."""
+    if sys.platform == "win32":
+        return _windows_free_bytes()
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+    except OSError:
+        return None
+    values = {name: rest.split()[0] for name, _, rest in (line.partition(":") for line in lines)}
+    return int(values["MemAvailable"]) * 1024 if "MemAvailable" in values else None
+
+
+def resident_bytes() -> int | None:
+    """Memory that this process holds, or None where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
+    except (OSError, IndexError, ValueError):
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+class _MemoryStatus(ctypes.Structure):
+    _fields_ = [
+        ("length", ctypes.c_uint32),
+        ("load", ctypes.c_uint32),
+        *((name, ctypes.c_uint64) for name in ("total", "free", "page_total", "page_free", "v_total", "v_free", "ext")),
+    ]
+
+
+def _windows_free_bytes() -> int | None:
+    status = _MemoryStatus(length=ctypes.sizeof(_MemoryStatus))
+    kernel = ctypes.WinDLL("kernel32") if sys.platform == "win32" else None
+    if kernel is None or not kernel.GlobalMemoryStatusEx(ctypes.byref(status)):
+        return None
+    return int(status.free)
+
+
+def hub_cache() -> Path:
+    """The hub's cache folder, by the same variables and order as huggingface_hub."""
+    chosen = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    home = os.environ.get("HF_HOME")
+    if home:
+        return Path(home).expanduser() / "hub"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "huggingface" / "hub"
+
+
+def engine_cache() -> Path:
+    """The folder of cached conditioning, by the same variables as the engine."""
+    chosen = os.environ.get("QENGINE_CACHE")
+    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qengine"

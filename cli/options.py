@@ -1,0 +1,263 @@
+"""The one table of flags: every spelling, in one place.
+
+Names are written with hyphens; the pre-parser (``expand.py``) makes ``--true_cfg_scale`` the same word. ``also`` lists
+the other spellings a flag is known by, written as the tools they come from write them, and is what ``--help`` shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+DEFAULT_SEED = 0
+
+KINDS: dict[str, Any] = {"text": click.STRING, "int": click.INT, "float": click.FLOAT}
+
+OUTPUT_TYPES = {
+    "images": "images",
+    "latents": "latents",
+    "both": "both",
+    "latent": "latents",
+    "latent_images": "both",
+}
+DTYPES = ("auto", "float32", "bfloat16", "fp32", "bf16")
+MODEL_VERSIONS = ("original", "edit", "edit-2509", "edit-2511")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flag:
+    """One option of the command line.
+
+    Attributes:
+        name: the long spelling, with hyphens; also the name of its value.
+        help: one sentence.
+        short: one-letter spelling, or "".
+        also: further spellings that mean the same, as other tools write them.
+        kind: ``text``, ``int``, ``float``, ``switch`` or ``count``.
+        choices: the only values taken, or () for any.
+        metavar: the placeholder in the help.
+        many: may be repeated; one spelling may be followed by several values.
+        words: number of words that make up the one value.
+    """
+
+    name: str
+    help: str
+    short: str = ""
+    also: tuple[str, ...] = ()
+    kind: str = "text"
+    choices: tuple[str, ...] = ()
+    metavar: str | None = None
+    many: bool = False
+    words: int = 1
+
+    @property
+    def key(self) -> str:
+        """Name of the value in Python: ``--true-cfg-scale`` is ``true_cfg_scale``."""
+        return self.name.removeprefix("--").replace("-", "_")
+
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        """Every accepted spelling, with hyphens."""
+        long = (self.name, *(hyphenated(word) for word in self.also))
+        return tuple(dict.fromkeys((self.short, *long) if self.short else long))
+
+    @property
+    def takes_value(self) -> bool:
+        """Whether a value follows the flag."""
+        return self.kind not in ("switch", "count")
+
+    def option(self) -> click.Option:
+        """The click option of this flag."""
+        shown: dict[str, Any] = {"help": self.help}
+        if self.kind == "switch":
+            shown.update(is_flag=True)
+        elif self.kind == "count":
+            shown.update(count=True)
+        else:
+            value_type = click.Choice(self.choices) if self.choices else KINDS[self.kind]
+            shown.update(type=value_type, metavar=self.metavar, multiple=self.many)
+        return click.Option([*self.spellings, self.key], **shown)
+
+
+def hyphenated(word: str) -> str:
+    """``--true_cfg_scale`` as ``--true-cfg-scale``; a value after ``=`` is left alone."""
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+REQUEST = (
+    Flag(name="--prompt", short="-p", metavar="TEXT", help="What to make or change; the positional PROMPT does the same."),
+    Flag(
+        name="--negative-prompt",
+        also=("--negative_prompt",),
+        metavar="TEXT",
+        help="What to steer away from; used with --true-cfg-scale above 1.",
+    ),
+    Flag(
+        name="--ref",
+        short="-i",
+        also=("--image", "--reference", "--control_image_path"),
+        metavar="FILE...",
+        many=True,
+        help="A picture to edit or look at; repeat it, or give several files after one flag.",
+    ),
+    Flag(
+        name="--steps",
+        also=("--infer_steps", "--num_inference_steps"),
+        kind="int",
+        metavar="N",
+        help="Denoising steps; the default is the model's (qengine info MODEL).",
+    ),
+    Flag(
+        name="--true-cfg-scale",
+        also=("--cfg", "--true_cfg_scale"),
+        kind="float",
+        metavar="X",
+        help="Guidance by two forward passes; 1 switches it off.",
+    ),
+    Flag(
+        name="--guidance-scale",
+        also=("--guidance_scale",),
+        kind="float",
+        metavar="X",
+        help="Embedded guidance. Qwen-Image models have none: there it sets --true-cfg-scale when that is not given, "
+        "and is ignored with a warning when it is.",
+    ),
+    Flag(
+        name="--seed",
+        short="-s",
+        kind="int",
+        metavar="N",
+        help=f"Seed of the noise; {DEFAULT_SEED} when not given, so that the same command makes the same picture.",
+    ),
+    Flag(name="--count", short="-n", kind="int", metavar="N", help="Make N pictures, of seed, seed+1, ..."),
+    Flag(name="--size", metavar="WxH", help="Size in pixels, exact; any size is taken."),
+    Flag(
+        name="--image-size",
+        also=("--image_size",),
+        metavar="H W",
+        words=2,
+        help="Size as height, then width; both must be multiples of 16.",
+    ),
+    Flag(
+        name="--flow-shift",
+        also=("--flow_shift",),
+        kind="float",
+        metavar="X",
+        help="Static schedule shift; by default it follows the size of the picture.",
+    ),
+)
+
+VARIANT = (
+    Flag(name="--edit", kind="switch", help="The files are Qwen-Image-Edit (as --model-version edit)."),
+    Flag(
+        name="--edit-plus",
+        also=("--edit_plus",),
+        kind="switch",
+        help="The files are Qwen-Image-Edit-2509 (as --model-version edit-2509).",
+    ),
+)
+
+MODEL = (
+    Flag(
+        name="--model",
+        short="-m",
+        metavar="MODEL",
+        help="A diffusers folder, a hub id, or tiny, the small model inside qengine.",
+    ),
+    Flag(name="--dit", metavar="FILE", help="Transformer file; needs --vae and --text_encoder too."),
+    Flag(name="--vae", metavar="FILE", help="VAE file; needs --dit and --text_encoder too."),
+    Flag(
+        name="--text-encoder",
+        also=("--text_encoder",),
+        metavar="FILE",
+        help="Text encoder file; needs --dit and --vae too.",
+    ),
+    Flag(name="--tokenizer", metavar="DIR", help="Tokenizer folder, where the files do not say it."),
+    Flag(
+        name="--model-version",
+        also=("--model_version",),
+        choices=MODEL_VERSIONS,
+        help="What single files are, where their headers cannot tell.",
+    ),
+    Flag(name="--offline", kind="switch", help="Use no network; models must be on this machine."),
+)
+
+DEVICE = (
+    Flag(name="--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N; auto when not given."),
+    Flag(name="--dtype", choices=DTYPES, help="Compute type; auto is float32 on a CPU and bfloat16 on CUDA."),
+)
+
+OUTPUT = (
+    Flag(
+        name="--output",
+        short="-o",
+        metavar="PATH",
+        help="File or existing folder to write to. A named file is overwritten; a name chosen by qengine never is.",
+    ),
+    Flag(
+        name="--save-path",
+        also=("--save_path",),
+        metavar="PATH",
+        help="As --output, but a name without .png is a folder, made when the first result is written.",
+    ),
+    Flag(
+        name="--output-type",
+        also=("--output_type",),
+        choices=tuple(OUTPUT_TYPES),
+        help="What to write; latents are a .safetensors file. latent is latents, latent_images is both.",
+    ),
+    Flag(name="--preview", metavar="DIR", help="Write one small PNG per step into DIR."),
+    Flag(name="--no-metadata", also=("--no_metadata",), kind="switch", help="Write no metadata into the files."),
+)
+
+NAMING = (
+    Flag(
+        name="--append-original-name",
+        also=("--append_original_name",),
+        kind="switch",
+        help="Add the name of the first picture to the name of the output.",
+    ),
+)
+
+TALK = (
+    Flag(name="--json", kind="switch", help="Print one JSON document on stdout."),
+    Flag(name="--quiet", short="-q", kind="switch", help="Say nothing on stderr but errors."),
+    Flag(name="--verbose", short="-v", kind="switch", help="Say more on stderr."),
+    Flag(name="--debug", kind="switch", help="Show the traceback of an error."),
+)
+
+SEED_AND_COUNT = tuple(flag for flag in REQUEST if flag.key in ("seed", "count", "ref"))
+
+EDIT_SECTIONS = {
+    "Request": REQUEST,
+    "Model": MODEL + VARIANT,
+    "Device": DEVICE,
+    "Output": OUTPUT + NAMING,
+    "Words": TALK,
+}
+GENERATE_SECTIONS = {
+    "Request": tuple(flag for flag in REQUEST if flag.key != "ref"),
+    "Model": MODEL,
+    "Device": DEVICE,
+    "Output": OUTPUT,
+    "Words": TALK,
+}
+RERUN_SECTIONS = {
+    "Request": SEED_AND_COUNT,
+    "Model": MODEL,
+    "Device": DEVICE,
+    "Output": OUTPUT,
+    "Words": TALK,
+}
+INFO_SECTIONS = {"Model": tuple(flag for flag in MODEL if flag.key != "model"), "Words": TALK}
+MODEL_SECTIONS = {"Model": tuple(flag for flag in MODEL if flag.key == "offline"), "Words": TALK}
+PLAIN_SECTIONS = {"Words": TALK}
+
+
+def flags_by_spelling(sections: Iterable[Iterable[Flag]]) -> dict[str, Flag]:
+    """Every spelling of the given flags, to the flag it means."""
+    return {spelling: flag for section in sections for flag in section for spelling in flag.spellings}

@@ -1,0 +1,134 @@
+"""``qengine rerun out.png``: the same run again, from what the picture says of itself."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError, RequestError
+from . import backend
+from .order import SINGLE_FILES, Order, check_files, device_choice, make_wish, model_choice, seeds_of
+from .progress import Talk
+
+FORMAT = 1
+REQUEST_FIELDS = (
+    "prompt",
+    "negative_prompt",
+    "size",
+    "num_inference_steps",
+    "true_cfg_scale",
+    "guidance_scale",
+    "flow_shift",
+)
+
+
+def rerun_order(picture: Path, values: Mapping[str, Any], talk: Talk) -> Order:
+    """The order that made ``picture``, with the changes that the flags ask for.
+
+    Raises:
+        InputError: the picture has no record, or an input picture is not found unchanged.
+        RequestError: flags contradict each other.
+    """
+    check_files([picture])
+    record = checked_record(picture, backend.read_metadata(picture))
+    images = _images(record, picture, values, talk)
+    request = {name: record["request"][name] for name in REQUEST_FIELDS if record["request"].get(name) is not None}
+    if "size" in request:
+        request["size"] = tuple(request["size"])
+    seed = values["seed"] if values["seed"] is not None else record["request"]["seed"]
+    choice = model_choice(values)
+    named = any(choice.get(name) for name in ("model", *SINGLE_FILES))
+    model = choice if named else {**_recorded_model(record), **choice}
+    return Order(
+        kind=record["kind"],
+        images=images,
+        request=request,
+        seeds=seeds_of(seed, values["count"]),
+        model={**model, **_device(record, values)},
+        wish=make_wish(values, f"{picture.stem}_rerun", "", (*images, picture)),
+        preview=Path(values["preview"]) if values["preview"] else None,
+        metadata=not values["no_metadata"],
+        as_json=values["json"],
+        fingerprint=None if named else record["model"]["fingerprint"],
+    )
+
+
+def checked_record(picture: Path, record: Any) -> dict[str, Any]:
+    """The record, if it is one that this version can repeat.
+
+    Raises:
+        InputError: it is missing, damaged or of a later format.
+    """
+    if not isinstance(record, dict) or not record:
+        raise InputError(
+            f"{picture} must carry a qengine record, got none", hint="was it saved again, or made with --no-metadata?"
+        )
+    if record.get("format") != FORMAT:
+        raise InputError(f"the record in {picture} must have format {FORMAT}, got {record.get('format')!r}")
+    shape = {"kind": str, "model": dict, "request": dict, "inputs": list}
+    wrong = [name for name, kind in shape.items() if not isinstance(record.get(name), kind)]
+    if wrong or record["kind"] not in ("edit", "generate") or not _is_whole(record):
+        raise InputError(f"the record in {picture} must be whole, got one without a usable {', '.join(wrong) or 'content'}")
+    return record
+
+
+def _is_whole(record: Mapping[str, Any]) -> bool:
+    request, model = record["request"], record["model"]
+    inputs_whole = all(
+        isinstance(each, dict) and isinstance(each.get("path"), str) and isinstance(each.get("sha256"), str)
+        for each in record["inputs"]
+    )
+    return inputs_whole and "prompt" in request and "seed" in request and "label" in model and "fingerprint" in model
+
+
+def _recorded_model(record: Mapping[str, Any]) -> dict[str, Any]:
+    files = record["model"].get("files")
+    if isinstance(files, dict) and "dit" in files:
+        return dict(files)
+    label = record["model"]["label"]
+    return {**(files or {}), "model": None if label == "tiny" else label}
+
+
+def _device(record: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The recorded device and dtype, unless the flags name others."""
+    choice = device_choice(values)
+    for name in ("device", "dtype"):
+        if values[name] is None and isinstance(record.get(name), str):
+            choice[name] = record[name]
+    return choice
+
+
+def _images(record: Mapping[str, Any], picture: Path, values: Mapping[str, Any], talk: Talk) -> tuple[Path, ...]:
+    wanted = record["inputs"]
+    if values["ref"]:
+        if record["kind"] == "generate":
+            raise RequestError("--ref must be used with a recorded edit, got a recorded generation")
+        images = tuple(Path(name) for name in values["ref"])
+        check_files(images)
+        if [sha256_of(path) for path in images] != [each["sha256"] for each in wanted]:
+            talk.warn("the pictures given by --ref are not the recorded ones, so the result will differ")
+        return images
+    return tuple(_find(each["path"], each["sha256"], picture) for each in wanted)
+
+
+def _find(recorded: str, digest: str, picture: Path) -> Path:
+    """The recorded input, by its path or beside the picture, if its bytes are the recorded ones."""
+    name = recorded.replace("\\", "/").rsplit("/", 1)[-1]
+    candidates: Sequence[Path] = [path for path in (Path(recorded), picture.parent / name) if path.is_file()]
+    for path in candidates:
+        if sha256_of(path) == digest:
+            return path
+    if candidates:
+        raise InputError(
+            f"input picture {candidates[0]} must be the recorded one (sha256 {digest[:12]}), got a changed file",
+            hint="give the original with --ref, or another picture to edit that one instead",
+        )
+    raise InputError(f"input picture {recorded} must be there, got no such file", hint="give it with --ref")
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

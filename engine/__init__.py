@@ -1,0 +1,1 @@
+"""The runtime: request, job, stream of events."""

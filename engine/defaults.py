@@ -1,0 +1,52 @@
+"""What each model does when it is not told otherwise; nothing else in qengine holds a default of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Defaults of one model.
+
+    Attributes:
+        num_inference_steps: network evaluations per branch.
+        true_cfg_scale: 1.0 runs the prompt alone.
+        negative_prompt: second branch when the scale is above 1.
+        area_pixels: area of the picture made when no size is asked.
+        template: prompt template of the encoder: ``text``, ``edit`` or ``edit-plus``.
+        condition_area_pixels: area of a picture as the vision tower sees it.
+        reference_area_pixels: area of a picture as the VAE encodes it; None encodes it at the size of the output.
+        size_from_last: the last picture gives the output its aspect ratio; otherwise the first.
+        max_references: most pictures a request may carry.
+    """
+
+    num_inference_steps: int
+    true_cfg_scale: float
+    negative_prompt: str
+    area_pixels: int
+    template: str
+    condition_area_pixels: int = 384 * 384
+    reference_area_pixels: int | None = 1024 * 1024
+    size_from_last: bool = True
+    max_references: int | None = None
+
+
+
+
+DEFAULTS: dict[str, Defaults] = {
+    "qwen-image": Defaults(25, 4.0, " ", 1024 * 1024, "text", max_references=0),
+    "qwen-image-edit": Defaults(
+        25,
+        4.0,
+        " ",
+        1024 * 1024,
+        "edit",
+        condition_area_pixels=1024 * 1024,
+        size_from_last=False,
+        max_references=1,
+    ),
+    "qwen-image-edit-2509": Defaults(25, 4.0, " ", 1024 * 1024, "edit-plus"),
+    "qwen-image-edit-2511": Defaults(8, 4.0, " ", 1024 * 1024, "edit-plus"),
+    "tiny": Defaults(8, 1.0, " ", 256 * 256, "edit-plus", reference_area_pixels=None),
+}

@@ -1,0 +1,156 @@
+"""The loop from noise to latents, one step at a time and free of hidden state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from ..errors import RequestError
+from .components import Components
+from .conditioning import Conditioning
+from .dit import Branch, ModulationTable, QwenImageTransformer
+from .events import Step
+from .job import Geometry, Job
+from .latents import combine, initial_noise, pack, unpack
+from .picture import resize, to_tensor
+from .schedule import Schedule, make_schedule
+from .state import RunState
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """One run's fixed parts; :meth:`advance` maps a state to the next.
+
+    Attributes:
+        job: the resolved request.
+        key: identity of the run.
+        schedule: noise levels.
+        transformer: the network.
+        branches: prompt, and negative prompt where guidance is on.
+        references: packed clean latents of all references [1, tokens, 4z], or None.
+        table: modulation rows of every step.
+        projection: affine map from latents to RGB for previews.
+        channels: latent channels z.
+        check: raises to stop the run.
+    """
+
+    job: Job
+    key: str
+    schedule: Schedule
+    transformer: QwenImageTransformer
+    branches: tuple[Branch, ...]
+    references: torch.Tensor | None
+    table: ModulationTable
+    projection: torch.Tensor
+    channels: int
+    check: Callable[[], None]
+
+    @classmethod
+    @torch.no_grad()
+    def prepare(
+        cls, job: Job, conditioning: Conditioning, components: Components, key: str, check: Callable[[], None]
+    ) -> Denoiser:
+        """Encode the references, embed the prompts, fix the schedule and its modulation rows."""
+        vae = components.vae
+        references = _encode_references(job, components)
+        check()
+        transformer = components.transformer
+        grids = [job.target.grid, *(reference.grid for reference in job.references)]
+        prompts = [conditioning.prompt_embeds]
+        if conditioning.negative_embeds is not None:
+            prompts.append(conditioning.negative_embeds)
+        rows, columns = job.target.grid
+        schedule = make_schedule(
+            job.num_inference_steps,
+            rows * columns,
+            components.source.scheduler_config,
+            flow_shift=job.flow_shift,
+        )
+        timesteps = [schedule.timestep(i, components.dtype) for i in range(len(schedule))]
+        return cls(
+            job=job,
+            key=key,
+            schedule=schedule,
+            transformer=transformer,
+            branches=tuple(transformer.branch(prompt, grids) for prompt in prompts),
+            references=references,
+            table=transformer.table(timesteps),
+            projection=vae.rgb_projection(),
+            channels=vae.latent_channels,
+            check=check,
+        )
+
+    @property
+    def total(self) -> int:
+        """Steps of the run."""
+        return len(self.schedule)
+
+    def start(self) -> RunState:
+        """The state before the first step: pure noise."""
+        noise = initial_noise(self.job.seed, self.channels, *self.job.target.grid)
+        return RunState(self.key, 0, self.job.target.grid, noise.to(self.branches[0].text.device))
+
+    def accept(self, state: RunState) -> RunState:
+        """A saved state, if it is of this run.
+
+        Raises:
+            RequestError: it belongs to another request, model, dtype or device kind.
+        """
+        if state.key != self.key or not 0 <= state.next_step <= self.total:
+            raise RequestError(
+                "the saved state must be of this request, model, dtype and device, got another run's",
+                hint="repeat the request that the state was saved from",
+            )
+        return RunState(state.key, state.next_step, state.grid, state.latent_tokens.to(self.branches[0].text.device))
+
+    @torch.no_grad()
+    def advance(self, state: RunState) -> Step:
+        """Do step ``state.next_step``; ``state`` is not changed, so a failed step can be tried again."""
+        index = state.next_step
+        dtype = self.branches[0].text.dtype
+        velocities = self.transformer.velocity(
+            state.latent_tokens.to(dtype),
+            self.references,
+            self.branches,
+            self.table,
+            self.schedule.timestep(index, dtype),
+            check=self.check,
+        )
+        velocity = _guide([v.float() for v in velocities], self.job.true_cfg_scale)
+        latents = self.schedule.step(index, state.latent_tokens, velocity)
+        sigma, sigma_next = (float(s) for s in self.schedule.sigmas[index : index + 2])
+        return Step(
+            index=index,
+            total=self.total,
+            sigma=sigma,
+            sigma_next=sigma_next,
+            state=RunState(state.key, index + 1, state.grid, latents),
+            predicted=unpack(state.latent_tokens - sigma * velocity, *state.grid),
+            projection=self.projection,
+            size=(self.job.target.width, self.job.target.height),
+        )
+
+
+def _guide(velocities: Sequence[torch.Tensor], scale: float) -> torch.Tensor:
+    return velocities[0] if len(velocities) == 1 else combine(velocities[0], velocities[1], scale)
+
+
+def _encode_references(job: Job, components: Components) -> torch.Tensor | None:
+    if not job.pictures:
+        return None
+    parts = [
+        pack(components.vae.encode(_pixels(picture.image, geometry).to(components.device, components.dtype)))
+        for picture, geometry in zip(job.pictures, job.references, strict=True)
+    ]
+    return torch.cat(parts, dim=1)
+
+
+def _pixels(image: Image.Image, geometry: Geometry) -> torch.Tensor:
+    """The picture at its reference size, its right and lower edge repeated up to whole tokens: [1, 3, H, W]."""
+    pixels = to_tensor(resize(image, geometry.width, geometry.height))
+    width, height = geometry.padded
+    return F.pad(pixels, (0, width - geometry.width, 0, height - geometry.height), mode="replicate")

@@ -1,0 +1,7 @@
+"""The Qwen-Image transformer: rotary positions, modulation table, block, model."""
+
+from .model import Branch, DiTConfig, QwenImageTransformer
+from .modulation import ModulationRows, ModulationTable
+from .rope import Grid
+
+__all__ = ["Branch", "DiTConfig", "Grid", "ModulationRows", "ModulationTable", "QwenImageTransformer"]

@@ -1,0 +1,212 @@
+"""The Qwen-Image diffusion transformer on the tape.
+
+One template block runs over the slabs; every branch of a step (prompt, negative prompt) passes through a block while it
+is bound, each with its own text length, so no padding and no mask exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ...errors import CheckpointError
+from ...loaders import Component
+from ..tape import Tape, Template
+from .block import DEAD_IN_LAST_BLOCK, EPS, DoubleStreamBlock, Rotations
+from .modulation import ModulationRows, ModulationTable
+from .rope import Grid, image_rotations, text_rotations
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Geometry of a Qwen-Image transformer, with the names of its config.json."""
+
+    num_layers: int
+    num_attention_heads: int
+    attention_head_dim: int
+    joint_attention_dim: int
+    in_channels: int
+    out_channels: int
+    patch_size: int
+    axes_dims_rope: tuple[int, ...]
+    zero_cond_t: bool = False
+
+    @property
+    def dim(self) -> int:
+        """Width of the hidden states."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> DiTConfig:
+        """Read the known keys.
+
+        Raises:
+            CheckpointError: a key is missing, or the model needs an input that this engine does not give
+                (embedded guidance, layered conditioning).
+        """
+        for key in ("guidance_embeds", "use_additional_t_cond", "use_layer3d_rope"):
+            if config.get(key):
+                raise CheckpointError(f"transformer config must have {key}=false, got true (a model not supported yet)")
+        known = {field.name: config[field.name] for field in fields(cls) if field.name in config}
+        missing = [field.name for field in fields(cls) if field.name not in known and field.name != "zero_cond_t"]
+        if missing:
+            raise CheckpointError(f"transformer config must name {', '.join(missing)}, got none")
+        known["axes_dims_rope"] = tuple(known["axes_dims_rope"])
+        made = cls(**known)
+        if sum(made.axes_dims_rope) != made.attention_head_dim:
+            raise CheckpointError(
+                f"axes_dims_rope must add up to attention_head_dim {made.attention_head_dim}, got {made.axes_dims_rope}"
+            )
+        return made
+
+
+class _Ends(nn.Module):
+    """What stands before and after the blocks."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.img_in = nn.Linear(config.in_channels, config.dim)
+        self.txt_norm = nn.RMSNorm(config.joint_attention_dim, eps=EPS)
+        self.txt_in = nn.Linear(config.joint_attention_dim, config.dim)
+        self.proj_out = nn.Linear(config.dim, config.patch_size**2 * config.out_channels)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One prompt as the blocks see it: embedded text [1, tokens, dim] and rotary factors of both streams."""
+
+    text: torch.Tensor
+    rotations: Rotations
+
+
+class QwenImageTransformer:
+    """The transformer with its blocks on a tape.
+
+    Args:
+        config: geometry.
+        blocks: the tape of blocks.
+        ends: input and output layers.
+        rows: source of modulation rows.
+    """
+
+    def __init__(self, config: DiTConfig, blocks: Tape, ends: _Ends, rows: ModulationRows) -> None:
+        self.config = config
+        self._blocks = blocks
+        self._ends = ends
+        self._rows = rows
+        self._template = self._make_template(config)
+        self._parameter = ends.img_in.weight
+
+    @staticmethod
+    def _make_template(config: DiTConfig) -> Template:
+        with torch.device("meta"):
+            return Template(DoubleStreamBlock(config.dim, config.num_attention_heads))
+
+    @classmethod
+    def load(
+        cls, component: Component, *, device: torch.device, dtype: torch.dtype, cache: Path | None
+    ) -> QwenImageTransformer:
+        """Read the weights that a step needs: blocks without modulation, and the ends.
+
+        Args:
+            component: config and checkpoint of the transformer, already checked against each other.
+            device: where the slabs and the ends stay.
+            dtype: compute dtype.
+            cache: folder of cached modulation rows, or None.
+
+        Raises:
+            CheckpointError: the config describes a model that this engine does not run.
+        """
+        config = DiTConfig.from_dict(component.config)
+        checkpoint = component.checkpoint
+        template = cls._make_template(config)
+        last = config.num_layers - 1
+        blocks = Tape.load(
+            template,
+            checkpoint,
+            [f"transformer_blocks.{i}." for i in range(config.num_layers)],
+            dtype=dtype,
+            device=device,
+            skip=lambda i: DEAD_IN_LAST_BLOCK if i == last else (),
+        )
+        with torch.device("meta"):
+            ends = _Ends(config)
+        ends = ends.to(dtype).to_empty(device="cpu").requires_grad_(False)
+        checkpoint.read_into(list(ends.named_parameters()))
+        rows = ModulationRows(checkpoint, config.num_layers, checkpoint.fingerprint, device=device, cache=cache)
+        return cls(config, blocks, ends.to(device), rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights that a step reads."""
+        return self._blocks.nbytes + sum(p.nbytes for p in self._ends.parameters())
+
+    def table(self, timesteps: Sequence[float]) -> ModulationTable:
+        """Modulation rows for the timesteps of a run (and for zero, where references are read at time zero)."""
+        wanted = [*timesteps, 0.0] if self.config.zero_cond_t else list(timesteps)
+        return self._rows.table(wanted, dtype=self._parameter.dtype)
+
+    def branch(self, prompt_embeds: torch.Tensor, grids: Sequence[Grid]) -> Branch:
+        """Embed one prompt; this does not depend on the timestep, so it is done once per run.
+
+        Args:
+            prompt_embeds: [tokens, joint_attention_dim].
+            grids: token rows and columns of the target and the references.
+        """
+        device, axes = self._parameter.device, self.config.axes_dims_rope
+        text = self._ends.txt_in(self._ends.txt_norm(prompt_embeds[None].to(self._parameter)))
+        length = prompt_embeds.shape[0]
+        rotations = Rotations(text_rotations(length, grids, axes).to(device), image_rotations(grids, axes).to(device))
+        return Branch(text, rotations)
+
+    def velocity(
+        self,
+        latent_tokens: torch.Tensor,
+        reference_tokens: torch.Tensor | None,
+        branches: Sequence[Branch],
+        table: ModulationTable,
+        timestep: float,
+        *,
+        check: Callable[[], None] = lambda: None,
+    ) -> list[torch.Tensor]:
+        """One network evaluation per branch, all branches inside each block's visit.
+
+        Args:
+            latent_tokens: packed noisy latents of the target [1, target tokens, in_channels].
+            reference_tokens: packed clean latents of all references [1, reference tokens, in_channels], or None.
+            branches: one per prompt.
+            table: modulation rows that hold ``timestep``.
+            timestep: model time in [0, 1].
+            check: called before each block; raises to stop the run.
+
+        Returns:
+            Velocity of the target per branch, [1, target tokens, patch_size^2 * out_channels].
+        """
+        target = latent_tokens.shape[1]
+        tokens = latent_tokens if reference_tokens is None else torch.cat([latent_tokens, reference_tokens], dim=1)
+        embedded = self._ends.img_in(tokens.to(self._parameter))
+        states = [(embedded.clone(), branch.text.clone(), branch.rotations) for branch in branches]
+        zero_cond_t = self.config.zero_cond_t and reference_tokens is not None
+        last = len(self._blocks) - 1
+        for index in range(last):
+            check()
+            block = self._template.bind(self._blocks.views(index))
+            rows = table.block(index, timestep, zero_cond_t=zero_cond_t)
+            states = [(*block(image, text, rows, rot, target), rot) for image, text, rot in states]
+        check()
+        block = self._template.bind(self._blocks.views(last))
+        rows = table.block(last, timestep, zero_cond_t=zero_cond_t)
+        return [
+            self._output(block.forward_last(image, text, rows, rot, target), table, timestep)
+            for image, text, rot in states
+        ]
+
+    def _output(self, hidden: torch.Tensor, table: ModulationTable, timestep: float) -> torch.Tensor:
+        scale, shift = table.output(timestep)
+        return self._ends.proj_out(F.layer_norm(hidden, hidden.shape[-1:], eps=EPS).mul_(1 + scale).add_(shift))
