@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,7 +11,9 @@ from ..errors import RequestError
 from ..version import __version__
 from . import options
 from .command import SETTINGS, Command, Group
-from .progress import Talk
+
+if TYPE_CHECKING:
+    from .progress import Talk
 
 SPELLING_HELP = (
     "Hyphens and underscores in option names are the same. Results go to stdout, everything else to stderr. "
@@ -30,10 +31,13 @@ GENERATE_HELP = (
     "Make a picture from words; needs --model.\n\n"
     'qengine generate "a red bicycle" --model qwen-image -o out.png\n\n' + SPELLING_HELP
 )
-INFO_HELP = "Say what made a picture, or what a model is.\n\nSUBJECT is a PNG made by qengine, or a model as --model names it."
+INFO_HELP = (
+    "Say what made a picture, or what a model is.\n\n"
+    "SUBJECT is a picture made by qengine, or a model as --model names it."
+)
 RERUN_HELP = (
-    "Repeat the run that made a PNG.\n\nOn the same machine's CPU the result is the same "
-    "to the bit. Input pictures are looked for at their recorded path, then beside the PNG, and must be unchanged; "
+    "Repeat the run that made a picture.\n\nOn the same machine's CPU the result is the same "
+    "to the bit. Input pictures are looked for at their recorded path, then beside the picture, and must be unchanged; "
     "--ref names others."
 )
 
@@ -49,9 +53,10 @@ def root() -> click.Group:
         context_settings=SETTINGS,
         epilog='Start with: qengine edit PHOTO "make it grayscale" -o out.png',
     )
-    version = f"qengine {__version__}"
-    group.params.append(click.Option(["--version"], is_flag=True, is_eager=True, expose_value=False, callback=_say(version), help="Show the version."))
-    group.params.append(click.Option(["--debug"], is_flag=True, expose_value=False, help="Show the traceback of an error."))
+    group.params += [
+        click.Option(["--version"], is_flag=True, expose_value=False, callback=_version, help="Show the version."),
+        click.Option(["--debug"], is_flag=True, expose_value=False, help="Show the traceback of an error."),
+    ]
     for command in _commands():
         group.add_command(command)
     return group
@@ -62,7 +67,7 @@ def _commands() -> list[click.Command]:
     return [
         Command("edit", _edit, options.EDIT_SECTIONS, [("words", "[IMAGE]... [PROMPT]", True)], EDIT_HELP),
         Command("generate", _generate, options.GENERATE_SECTIONS, [("words", "[PROMPT]", True)], GENERATE_HELP),
-        Command("rerun", _rerun, options.RERUN_SECTIONS, [("picture", "PNG", False)], RERUN_HELP),
+        Command("rerun", _rerun, options.RERUN_SECTIONS, [("picture", "PICTURE", False)], RERUN_HELP),
         Command("info", _info, options.INFO_SECTIONS, [("words", "[SUBJECT]", True)], INFO_HELP),
         Command("pull", _pull, options.MODEL_SECTIONS, model, "Download a model into the hub's cache; resumes."),
         Command("ls", _ls, options.PLAIN_SECTIONS, (), "List the models that are here."),
@@ -74,7 +79,7 @@ def _commands() -> list[click.Command]:
             _completion,
             {},
             [("shell", "bash|zsh|fish|powershell", False)],
-            "Print a shell's completion script.\n\nIn ~/.bashrc: eval \"$(qengine completion bash)\"",
+            'Print a shell\'s completion script.\n\nIn ~/.bashrc: eval "$(qengine completion bash)"',
         ),
         click.Command(
             "bench",
@@ -95,18 +100,17 @@ def _root() -> int:
     return 0
 
 
-def _say(text: str) -> Any:
-    def callback(context: click.Context, parameter: click.Parameter, value: bool) -> None:
-        if value and not context.resilient_parsing:
-            print(text)
-            context.exit()
-
-    return callback
+def _version(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value and not context.resilient_parsing:
+        print(f"qengine {__version__}")
+        context.exit()
 
 
 def _talk(values: dict[str, Any]) -> Talk:
     if values["quiet"] and values["verbose"]:
         raise RequestError("the words on stderr must be fewer or more, got both -q and -v")
+    from .progress import Talk
+
     return Talk(quiet=values["quiet"], verbose=values["verbose"])
 
 
@@ -125,6 +129,8 @@ def _generate(words: tuple[str, ...], **values: Any) -> int:
 
 
 def _rerun(picture: str, **values: Any) -> int:
+    from pathlib import Path
+
     from .rerun import rerun_order
     from .run import carry_out
 

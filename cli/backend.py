@@ -51,10 +51,10 @@ def phase_of(event: Encoded | Step | Decoded) -> str:
 
 
 def write_picture(path: Path, image: Image.Image, metadata: dict[str, Any] | None) -> None:
-    """Write a PNG, whole or not at all."""
-    from ..engine.metadata import write_png
+    """Write a picture, whole or not at all."""
+    from ..engine.metadata import write_picture as write
 
-    write_png(path, image, metadata)
+    write(path, image, metadata)
 
 
 def write_latents(path: Path, latents: torch.Tensor, metadata: dict[str, Any] | None) -> None:

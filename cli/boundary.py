@@ -47,7 +47,7 @@ def run(argv: Sequence[str] | None) -> int:
         return _reader_left()
     except (QEngineError, click.ClickException) as error:
         return print_error(error, debug=debug)
-    except Exception as error:  # the one place where an unforeseen error is put into words
+    except Exception as error:  # noqa: BLE001  the one place where an unforeseen error is put into words
         return _cancelled() if interrupt.seen else print_error(error, debug=debug)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 import click
@@ -70,6 +69,8 @@ class Group(click.Group):
         """Find the command named by the first word."""
         word = args[0]
         if self.get_command(ctx, word) is None and not word.startswith("-"):
+            from difflib import get_close_matches
+
             raise UnknownCommand(word, get_close_matches(word, list(self.commands)))
         return super().resolve_command(ctx, args)
 

@@ -23,7 +23,7 @@ Register-ArgumentCompleter -Native -CommandName %(prog_name)s -ScriptBlock {
     try {
         %(prog_name)s | ForEach-Object {
             $value, $help = $_ -split "`t", 2
-            [System.Management.Automation.CompletionResult]::new($value, $value, "ParameterValue", ($help, $value -ne "")[0])
+            [System.Management.Automation.CompletionResult]::new($value, $value, "ParameterValue", $help)
         }
     } finally {
         Remove-Item Env:%(complete_var)s, Env:COMP_WORDS, Env:COMP_INCOMPLETE

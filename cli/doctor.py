@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..version import __version__
-from .machine import cards, engine_cache, free_memory_bytes, hub_cache, version_of
+from .machine import Card, cards, engine_cache, free_memory_bytes, hub_cache, version_of
 from .models import free_disk_bytes, tiny_folder
 from .words import bytes_text, table
 
@@ -58,8 +58,7 @@ def _packages() -> Iterator[Row]:
 def _devices() -> Iterator[Row]:
     found = cards()
     for number, card in enumerate(found):
-        words = f"{card.name}, {bytes_text(card.free_bytes)} of {bytes_text(card.total_bytes)} free"
-        yield "ok", f"card {number}", words
+        yield "ok", f"card {number}", f"{card.name}, {_room(card)} free"
     try:
         import torch
     except (ImportError, OSError) as error:
@@ -69,9 +68,13 @@ def _devices() -> Iterator[Row]:
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         yield "ok", "torch device", f"cuda {torch.version.cuda}: {', '.join(names)}"
     elif found:
-        yield "note", "torch device", f"cpu: torch {torch.__version__} does not see the card; install a CUDA build of torch"
+        yield "note", "torch device", f"cpu: torch {torch.__version__} does not see the card; a CUDA build would"
     else:
         yield "ok", "torch device", f"cpu, {torch.get_num_threads()} threads"
+
+
+def _room(card: Card) -> str:
+    return f"{bytes_text(card.free_bytes)} of {bytes_text(card.total_bytes)}"
 
 
 def _native() -> Row:
@@ -97,7 +100,7 @@ def first_screen() -> str:
     rows: list[tuple[str, ...]] = [("qengine", __version__)]
     found = cards()
     for card in found:
-        rows.append(("device", f"{card.name}, {bytes_text(card.free_bytes)} of {bytes_text(card.total_bytes)} VRAM free"))
+        rows.append(("device", f"{card.name}, {_room(card)} VRAM free"))
     if not found:
         rows.append(("device", f"CPU ({platform.machine() or sys.platform}); no NVIDIA card found"))
     free = free_memory_bytes()

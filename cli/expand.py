@@ -10,9 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from .options import Flag, hyphenated
 
-PICTURE_SUFFIXES = frozenset(
-    (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif", ".heic", ".jp2", ".ppm", ".tga", ".ico")
-)
+PICTURE_SUFFIXES = frozenset(".png .jpg .jpeg .webp .tif .tiff .bmp .gif .avif .heic .jp2 .ppm .tga .ico".split())
 
 
 def looks_like_picture(word: str) -> bool:

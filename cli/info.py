@@ -12,12 +12,11 @@ from ..errors import InputError, RequestError
 from . import backend
 from .expand import looks_like_picture
 from .order import SINGLE_FILES, model_choice
+from .outputs import LATENTS
 from .words import bytes_text, table
 
 if TYPE_CHECKING:
     from ..loaders.source import ModelSource
-
-WRITTEN_SUFFIXES = (".png", ".safetensors")
 
 
 def show(words: Sequence[str], values: Mapping[str, Any]) -> int:
@@ -34,7 +33,7 @@ def show(words: Sequence[str], values: Mapping[str, Any]) -> int:
         return _print(model_facts({**values, "model": None}), values)
     subject = words[0]
     path = Path(subject)
-    is_result = looks_like_picture(subject) or (path.is_file() and path.suffix.lower() in WRITTEN_SUFFIXES)
+    is_result = looks_like_picture(subject) or (path.is_file() and path.suffix.lower() == LATENTS)
     data = picture_facts(path) if is_result else model_facts({**values, "model": subject})
     return _print(data, values)
 
@@ -114,7 +113,13 @@ def _as_text(data: Mapping[str, Any]) -> str:
 def _component_table(components: list[dict[str, Any]]) -> str:
     head = ("component", "parameters", "tensors", "stored as", "size")
     body = [
-        (part["name"], f"{part['parameters']:,}", str(part["tensors"]), " ".join(part["dtypes"]), bytes_text(part["bytes"]))
+        (
+            part["name"],
+            f"{part['parameters']:,}",
+            str(part["tensors"]),
+            " ".join(part["dtypes"]),
+            bytes_text(part["bytes"]),
+        )
         for part in components
     ]
     return table([head, *body])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
 import os
 import sys
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -21,16 +22,18 @@ class Card:
 
 def version_of(package: str) -> str | None:
     """Installed version of a distribution, or None."""
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
+        return version(package)
+    except PackageNotFoundError:
         return None
 
 
 def cards() -> list[Card]:
     """NVIDIA cards, by NVML; empty where there is no driver or no nvidia-ml-py."""
     try:
-        import pynvml
+        pynvml = import_module("pynvml")
     except ImportError:
         return []
     try:
@@ -45,10 +48,10 @@ def cards() -> list[Card]:
         pynvml.nvmlShutdown()
 
 
-def _card(pynvml: object, index: int) -> Card:
-    handle = pynvml.nvmlDeviceGetHandleByIndex(index)  # type: ignore[attr-defined]
-    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)  # type: ignore[attr-defined]
-    name = pynvml.nvmlDeviceGetName(handle)  # type: ignore[attr-defined]
+def _card(pynvml: Any, index: int) -> Card:
+    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    name = pynvml.nvmlDeviceGetName(handle)
     return Card(name.decode() if isinstance(name, bytes) else name, int(memory.total), int(memory.free))
 
 

@@ -60,10 +60,7 @@ def list_all(values: Mapping[str, Any]) -> int:
     if tiny is not None:
         inside = {"hub_id": "tiny", "path": tiny, "nbytes": _folder_bytes(tiny), "complete": True, "missing": ()}
         found.insert(0, inside)
-    rows = [
-        (model["hub_id"], bytes_text(model["nbytes"]), _state(model), str(model["path"]))
-        for model in found
-    ]
+    rows = [(model["hub_id"], bytes_text(model["nbytes"]), _state(model), str(model["path"])) for model in found]
     _print({"models": found}, table(rows), values)
     return 0
 
@@ -97,7 +94,7 @@ def verify(model: str, values: Mapping[str, Any], talk: Talk) -> int:
     if not result.ok:
         broken = [*result.altered, *result.missing]
         raise CheckpointError(
-            f"{result.hub_id} must have every file unaltered, got {len(broken)} altered or missing: {', '.join(broken[:3])}",
+            f"{result.hub_id} must have every file, unaltered, got {len(broken)} bad: {', '.join(broken[:10])}",
             hint=f"qengine rm {model} && qengine pull {model}",
         )
     return 0

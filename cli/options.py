@@ -89,7 +89,9 @@ def hyphenated(word: str) -> str:
 
 
 REQUEST = (
-    Flag(name="--prompt", short="-p", metavar="TEXT", help="What to make or change; the positional PROMPT does the same."),
+    Flag(
+        name="--prompt", short="-p", metavar="TEXT", help="What to make or change; the positional PROMPT does the same."
+    ),
     Flag(
         name="--negative-prompt",
         also=("--negative_prompt",),
@@ -196,13 +198,14 @@ OUTPUT = (
         name="--output",
         short="-o",
         metavar="PATH",
-        help="File or existing folder to write to. A named file is overwritten; a name chosen by qengine never is.",
+        help="File (.png, .jpg, .webp) or existing folder to write to. A file you name is overwritten; one that "
+        "qengine names never is.",
     ),
     Flag(
         name="--save-path",
         also=("--save_path",),
         metavar="PATH",
-        help="As --output, but a name without .png is a folder, made when the first result is written.",
+        help="As --output, but a name without a known suffix is a folder, made when the first result is written.",
     ),
     Flag(
         name="--output-type",

@@ -173,7 +173,7 @@ def _version(values: Values) -> str | None:
     if values.get("edit_plus") and values["model_version"] == "edit-2511":
         return "edit-2511"
     if len(set(named.values())) > 1:
-        raise RequestError(f"the variant must be named once, got {' and '.join(f'{k} ({v})' for k, v in named.items())}")
+        raise RequestError(f"the variant must be named once, got {' and '.join(named)}")
     return next(iter(named.values()), None)
 
 

@@ -12,7 +12,8 @@ from ..errors import OutputError, RequestError
 
 PICTURE = ".png"
 LATENTS = ".safetensors"
-SUFFIXES = (PICTURE, LATENTS)
+PICTURES = (PICTURE, ".jpg", ".jpeg", ".webp")
+SUFFIXES = (*PICTURES, LATENTS)
 MAX_NAME_TRIES = 10_000
 
 
@@ -65,40 +66,46 @@ def choose(wish: Wish, seeds: Sequence[int]) -> list[Target]:
         RequestError: the wish contradicts itself or would overwrite an input picture.
         OutputError: the folder is missing or cannot be written.
     """
-    folder, stem, named = _place(wish)
+    folder, stem, suffix = _place(wish)
+    named = suffix is not None
     _check_folder(folder, create=wish.save_path is not None)
     if wish.append and wish.append not in stem:
         stem = f"{stem}_{wish.append}"
     into_folder = not named and (wish.output is not None or wish.save_path is not None)
     tagged = len(seeds) > 1 or into_folder
     stems = [f"{stem}_{seed}" if tagged else stem for seed in seeds]
-    targets = [_target(folder, each if named else _free(folder, each, wish.kind), wish.kind) for each in stems]
+    if suffix is None:
+        targets = [_target(folder, _free(folder, each, wish.kind), wish.kind) for each in stems]
+    else:
+        targets = [_target(folder, each, wish.kind, suffix) for each in stems]
     for path in (path for target in targets for path in target.paths):
         _check_file(path, wish.never)
     return targets
 
 
-def _place(wish: Wish) -> tuple[Path, str, bool]:
-    """(folder, stem, whether the user named the file)."""
+def _place(wish: Wish) -> tuple[Path, str, str | None]:
+    """(folder, stem, suffix of the picture, or None where the user named no file)."""
     if wish.output is not None and wish.save_path is not None:
         raise RequestError("the output must be named once, got both --output and --save_path")
     text = wish.output if wish.output is not None else wish.save_path
     if text is None:
-        return Path(), wish.default_stem, False
+        return Path(), wish.default_stem, None
     if not text.strip():
         raise RequestError(f"output must be a file or a folder, got {text!r}")
     path = Path(text)
     suffix = path.suffix.lower()
     if path.is_dir() or text.endswith(("/", os.sep)) or (wish.save_path is not None and suffix not in SUFFIXES):
-        return path, wish.default_stem, False
+        return path, wish.default_stem, None
     if suffix not in (*SUFFIXES, ""):
-        raise RequestError(f"output must end in {PICTURE} or {LATENTS}, got {text}", hint=f"-o {path.with_suffix(PICTURE)}")
-    return path.parent, path.stem, True
+        raise RequestError(
+            f"output must end in one of {', '.join(SUFFIXES)}, got {text}", hint=f"-o {path.with_suffix(PICTURE)}"
+        )
+    return path.parent, path.stem, path.suffix if suffix in PICTURES else PICTURE
 
 
-def _target(folder: Path, stem: str, kind: str) -> Target:
+def _target(folder: Path, stem: str, kind: str, suffix: str = PICTURE) -> Target:
     return Target(
-        picture=folder / (stem + PICTURE) if kind != "latents" else None,
+        picture=folder / (stem + suffix) if kind != "latents" else None,
         latents=folder / (stem + LATENTS) if kind != "images" else None,
     )
 

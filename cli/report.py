@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import traceback
 
 import click
 
@@ -36,6 +35,8 @@ def print_error(error: BaseException, *, debug: bool) -> int:
     """
     message, hint, code = describe(error)
     if debug:
+        import traceback
+
         traceback.print_exception(error, file=sys.stderr)
     if isinstance(error, Cancelled):
         text = "cancelled"

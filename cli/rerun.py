@@ -70,7 +70,8 @@ def checked_record(picture: Path, record: Any) -> dict[str, Any]:
     shape = {"kind": str, "model": dict, "request": dict, "inputs": list}
     wrong = [name for name, kind in shape.items() if not isinstance(record.get(name), kind)]
     if wrong or record["kind"] not in ("edit", "generate") or not _is_whole(record):
-        raise InputError(f"the record in {picture} must be whole, got one without a usable {', '.join(wrong) or 'content'}")
+        without = ", ".join(wrong) or "content"
+        raise InputError(f"the record in {picture} must be whole, got one without a usable {without}")
     return record
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,7 +116,7 @@ def _watch(engine: Engine, order: Order, item: Item, talk: Talk) -> Decoded:
     device = str(engine.device)
     clock = StepClock(device)
     talk.display.start("encode")
-    stream = engine.stream(item.request)
+    stream: Iterator[Any] = engine.stream(item.request)
     for event in stream:
         phase = backend.phase_of(event)
         if phase == "encode":

@@ -32,7 +32,7 @@ MAX_RECORD_BYTES = 4 << 20
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 _LATENTS_SUFFIX = ".safetensors"
 _KEY = "qengine"
-_NAMESPACE = "https://qengine.dev/ns/1.0/"
+_NAMESPACE = "urn:qengine:metadata:1"
 _XMP_KEY = "XML:com.adobe.xmp"
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
@@ -135,7 +135,7 @@ def _save_options(kind: str, metadata: Mapping[str, Any] | None) -> dict[str, An
         return options
     if kind == "PNG":
         text = PngInfo()
-        text.add_itxt("parameters", parameters_text(metadata))
+        text.add_text("parameters", parameters_text(metadata).replace("\0", " "))
         text.add_itxt(_KEY, _to_json(metadata))
         text.add_itxt(_XMP_KEY, _xmp(metadata, with_record=False))
         return options | {"pnginfo": text}

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 _FOLDERS = frozenset({"transformer", "vae", "text_encoder", "tokenizer", "processor", "image_processor", "scheduler"})
 _SUFFIXES = (".safetensors", ".json", ".txt", ".jinja")
-_CHUNK_BYTES = 1 << 20
 _MARGIN_BYTES = 256 << 20
 _TIMEOUT_SECONDS = 30.0
 _ATTEMPTS = 5
@@ -162,7 +161,7 @@ def _stream(hub_id: str, commit: str, file: _File, part: Path, start: int, meter
         resumed = start > 0 and response.status_code == 206
         with part.open("ab" if resumed else "wb") as target:
             done = start if resumed else 0
-            for chunk in response.iter_bytes(_CHUNK_BYTES):
+            for chunk in response.iter_bytes():  # as they come: a larger chunk is lost when the connection breaks
                 target.write(chunk)
                 done += len(chunk)
                 if done > file.nbytes:

@@ -7,8 +7,6 @@ them, no bias is zero.
 
 from __future__ import annotations
 
-# pyright: reportPrivateImportUsage=false
-
 import atexit
 import contextlib
 import functools

@@ -47,8 +47,8 @@ class Store:
         self.vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.mean, self.std = (weights[k].view(CHANNELS, 1, 1) for k in ("latents_mean", "latents_std"))
         self.pool, self.seed, self.made = pool, seed, 0
-        with ThreadPoolExecutor(WORKERS) as workers:
-            self.entries = list(workers.map(self.encode, range(count)))
+        self.workers = ThreadPoolExecutor(WORKERS)
+        self.entries = list(self.workers.map(self.encode, range(count)))
         self.made = count
 
     @torch.no_grad()
@@ -65,10 +65,10 @@ class Store:
         return ((mean - self.mean) / self.std).contiguous()
 
     def refresh(self) -> None:
-        """Replaces the oldest entry by a new one."""
-        slot = self.made % len(self.entries)
-        self.entries[slot] = self.encode(self.made)
-        self.made += 1
+        """Replaces the oldest entries, one per core, by new ones."""
+        for entry in self.workers.map(self.encode, range(self.made, self.made + WORKERS)):
+            self.entries[self.made % len(self.entries)] = entry
+            self.made += 1
 
     def sample(self, count: int, area: int, generator: torch.Generator) -> Batch:
         """Crops of about `area` tokens from entries of one shape, one edit each."""

@@ -24,7 +24,7 @@ from . import tokenizer as words
 from . import wordings
 from .optim import WORKERS, Trainer
 
-STEPS, BATCH, RATE, SMOOTHING = 700, 64, 1.5e-3, 0.05
+STEPS, BATCH, RATE, SMOOTHING = 400, 64, 1.5e-3, 0.05
 HIDDEN, TAIL = 96, 5
 MIN_PIXELS, MAX_PIXELS = 784, 3600
 CONDITION_PIXELS = 384 * 384

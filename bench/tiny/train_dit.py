@@ -17,9 +17,9 @@ from .forward import velocity
 from .latents import Batch, Store
 from .optim import WORKERS, Trainer
 
-STEPS, RATE, EMA = 3200, 2e-3, 0.998
+STEPS, RATE, EMA = 2000, 2e-3, 0.998
 TOKENS = 2048
-ENTRIES, REFRESH = 280, 4
+ENTRIES, REFRESH = 280, 10
 WORDINGS = 150
 SHIFT, CERTAIN_NOISE, SOFT_SIGMA = 1.8, 0.15, 0.1
 # From a share of the training onward, the areas (in tokens of 8 x 8 pixels) to draw from.
@@ -91,12 +91,12 @@ def train(store: Store, prompts: Prompts, folder: Path, seed: int, steps: int = 
     started, mean = time.process_time(), 0.0
     while trainer.done < steps:
         step = trainer.done
+        if step % REFRESH == REFRESH - 1:
+            store.refresh()
         area = area_at(step, steps, torch.Generator().manual_seed(step))
 
         def part(index: int, step: int = step, area: int = area) -> torch.Tensor:
             generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * WORKERS + index)
-            if (step * WORKERS + index) % (REFRESH * WORKERS) == 0:
-                store.refresh()
             batch = store.sample(TOKENS // WORKERS // area, area, generator)
             return loss_of(model, batch, prompts, generator)
 

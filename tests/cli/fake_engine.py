@@ -41,7 +41,8 @@ class FakeEvent:
 
 def pause(phase: str) -> None:
     if os.environ.get("QENGINE_FAKE_SLOW") == phase:
-        print(f"at {phase}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"at {phase}\n")
+        sys.stderr.flush()
         time.sleep(30)
 
 
@@ -64,7 +65,12 @@ class FakeEngine:
         part = SimpleNamespace(checkpoint=SimpleNamespace(nbytes=1 << 20))
         label = choice.get("model") or choice.get("dit") or "tiny"
         self.source = SimpleNamespace(
-            label=label, variant="qwen-image-edit-2511", fingerprint=self.fingerprint, transformer=part, vae=part, text_encoder=part
+            label=label,
+            variant="qwen-image-edit-2511",
+            fingerprint=self.fingerprint,
+            transformer=part,
+            vae=part,
+            text_encoder=part,
         )
         return self
 
@@ -89,7 +95,9 @@ class FakeEngine:
             "kind": "edit" if images else "generate",
             "model": {"label": self.source.label, "variant": self.source.variant, "fingerprint": self.fingerprint},
             "request": values,
-            "inputs": [{"path": str(path), "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()} for path in images],
+            "inputs": [
+                {"path": str(path), "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()} for path in images
+            ],
             "device": "cpu",
             "dtype": "float32",
         }

@@ -11,7 +11,9 @@ from PIL import Image
 
 
 def test_E12_edit_writes_stem_edited_png_and_tells_time_size_and_seed(engine, run) -> None:
-    code, out, err = run("edit", "--image", "photo.png", "--prompt", "make it grayscale", "--steps", "8", "--seed", "42")
+    code, out, err = run(
+        "edit", "--image", "photo.png", "--prompt", "make it grayscale", "--steps", "8", "--seed", "42"
+    )
     assert code == 0
     assert out == "photo_edited.png\n"
     assert "32x16" in err and "seed 42" in err and " s\n" in err
@@ -139,17 +141,35 @@ def test_M21_append_original_name_adds_the_stem_of_the_first_picture(engine, run
 
 
 def test_M05_the_three_files_go_together(engine, run) -> None:
-    for flags in (["--dit", "a"], ["--dit", "a", "--vae", "b"], ["--text_encoder", "c"], ["--vae", "b", "--text-encoder", "c"]):
+    for flags in (
+        ["--dit", "a"],
+        ["--dit", "a", "--vae", "b"],
+        ["--text_encoder", "c"],
+        ["--vae", "b", "--text-encoder", "c"],
+    ):
         code, _, err = run("edit", "photo.png", "sharper", *flags)
         assert code == 2
         assert "--dit, --vae and --text_encoder must be given together" in err
-    assert run("edit", "photo.png", "sharper", "--dit", "a", "--vae", "b", "--text_encoder", "c", "--tokenizer", "d")[0] == 0
+    assert (
+        run("edit", "photo.png", "sharper", "--dit", "a", "--vae", "b", "--text_encoder", "c", "--tokenizer", "d")[0]
+        == 0
+    )
     assert engine.opened == [
-        {"dit": "a", "vae": "b", "text_encoder": "c", "tokenizer": "d", "offline": False, "device": "auto", "dtype": "auto"}
+        {
+            "dit": "a",
+            "vae": "b",
+            "text_encoder": "c",
+            "tokenizer": "d",
+            "offline": False,
+            "device": "auto",
+            "dtype": "auto",
+        }
     ]
     assert run("edit", "photo.png", "sharper")[0] == 0
     assert "model" not in engine.opened[-1]
-    assert run("edit", "photo.png", "sharper", "--model", "x", "--dit", "a", "--vae", "b", "--text_encoder", "c")[0] == 2
+    assert (
+        run("edit", "photo.png", "sharper", "--model", "x", "--dit", "a", "--vae", "b", "--text_encoder", "c")[0] == 2
+    )
 
 
 def test_edit_and_edit_plus_name_the_variant(engine, run) -> None:

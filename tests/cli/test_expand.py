@@ -14,7 +14,10 @@ FLAGS = flags_by_spelling(EDIT_SECTIONS.values())
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        (["--control_image_path", "a", "b", "-p", "x"], ["--control-image-path", "a", "--control-image-path", "b", "-p", "x"]),
+        (
+            ["--control_image_path", "a", "b", "-p", "x"],
+            ["--control-image-path", "a", "--control-image-path", "b", "-p", "x"],
+        ),
         (["--ref", "a.png", "b.png", "make it red"], ["--ref", "a.png", "--ref", "b.png", "make it red"]),
         (["make it red", "--ref", "a.png", "b.png"], ["make it red", "--ref", "a.png", "--ref", "b.png"]),
         (["--image", "a.png", "make it red", "-o", "b.png"], ["--image", "a.png", "make it red", "-o", "b.png"]),

@@ -49,7 +49,13 @@ def test_quiet_has_no_display_and_detail_is_for_verbose(capsys: pytest.CaptureFi
 
 
 def test_numbers_are_written_for_people() -> None:
-    assert [bytes_text(count) for count in (0, 1023, 1536, 11 << 20, 300 << 30)] == ["0 B", "1023 B", "1.5 KiB", "11.0 MiB", "300 GiB"]
+    assert [bytes_text(count) for count in (0, 1023, 1536, 11 << 20, 300 << 30)] == [
+        "0 B",
+        "1023 B",
+        "1.5 KiB",
+        "11.0 MiB",
+        "300 GiB",
+    ]
     assert [seconds_text(seconds) for seconds in (0.034, 12.34, 135)] == ["0.03 s", "12.3 s", "2 min 15 s"]
     assert table([("a", "bb"), ("ccc", "d")]) == "a    bb\nccc  d"
 

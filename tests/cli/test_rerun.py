@@ -10,7 +10,21 @@ import pytest
 from fake_engine import FINGERPRINT, read_metadata, write_picture
 from PIL import Image
 
-EDIT = ["edit", "photo.png", "make it grey", "--steps", "5", "--cfg", "2", "--size", "24x24", "--seed", "7", "-o", "out.png"]
+EDIT = [
+    "edit",
+    "photo.png",
+    "make it grey",
+    "--steps",
+    "5",
+    "--cfg",
+    "2",
+    "--size",
+    "24x24",
+    "--seed",
+    "7",
+    "-o",
+    "out.png",
+]
 
 
 @pytest.fixture

@@ -11,7 +11,9 @@ import pytest
 from qengine import __version__
 
 HEAVY = ("torch", "transformers", "diffusers", "PIL", "rich", "numpy", "safetensors", "huggingface_hub", "typer")
-REPORT = "import sys; from qengine.cli import main; code = main(sys.argv[1:]); print(code, *sys.modules, file=sys.stderr)"
+REPORT = (
+    "import sys; from qengine.cli import main; code = main(sys.argv[1:]); print(code, *sys.modules, file=sys.stderr)"
+)
 
 
 def imported_by(*words: str) -> set[str]:
@@ -29,8 +31,26 @@ def test_help_imports_nothing_heavy(words: list[str]) -> None:
 def test_M44_help_names_every_option_of_the_seed(run) -> None:
     seed = ["--dit", "--vae", "--text_encoder", "--prompt", "--negative_prompt", "--image_size", "--infer_steps"]
     seed += ["--guidance_scale", "--save_path", "--output_type", "--seed", "--flow_shift"]
-    ours = ["--true-cfg-scale", "--cfg", "--size", "--count", "--model", "--offline", "--json", "--preview", "--no-metadata"]
-    editing = ["--edit", "--edit_plus", "--control_image_path", "--append_original_name", "--ref", "--image", "--reference"]
+    ours = [
+        "--true-cfg-scale",
+        "--cfg",
+        "--size",
+        "--count",
+        "--model",
+        "--offline",
+        "--json",
+        "--preview",
+        "--no-metadata",
+    ]
+    editing = [
+        "--edit",
+        "--edit_plus",
+        "--control_image_path",
+        "--append_original_name",
+        "--ref",
+        "--image",
+        "--reference",
+    ]
     for command, names in (("generate", seed + ours), ("edit", seed + ours + editing)):
         code, out, _ = run(command, "--help")
         words = set(out.replace("[", " ").replace("]", " ").replace(",", " ").split())
@@ -67,11 +87,19 @@ def test_completion_of_an_unknown_shell_is_refused(run) -> None:
     ("environment", "expected"),
     [
         ({"_QENGINE_COMPLETE": "bash_complete", "COMP_WORDS": "qengine ed", "COMP_CWORD": "1"}, "plain,edit"),
-        ({"_QENGINE_COMPLETE": "bash_complete", "COMP_WORDS": "qengine edit --infer", "COMP_CWORD": "2"}, "plain,--infer-steps"),
-        ({"_QENGINE_COMPLETE": "powershell_complete", "COMP_WORDS": "edit\n--true", "COMP_INCOMPLETE": "--true"}, "--true-cfg-scale\t"),
+        (
+            {"_QENGINE_COMPLETE": "bash_complete", "COMP_WORDS": "qengine edit --infer", "COMP_CWORD": "2"},
+            "plain,--infer-steps",
+        ),
+        (
+            {"_QENGINE_COMPLETE": "powershell_complete", "COMP_WORDS": "edit\n--true", "COMP_INCOMPLETE": "--true"},
+            "--true-cfg-scale\t",
+        ),
     ],
 )
-def test_completion_answers_the_shell(run, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: str) -> None:
+def test_completion_answers_the_shell(
+    run, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: str
+) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     code, out, _ = run()
@@ -79,7 +107,9 @@ def test_completion_answers_the_shell(run, monkeypatch: pytest.MonkeyPatch, envi
     assert any(line.startswith(expected) for line in out.splitlines())
 
 
-def test_the_first_screen_says_what_is_here_and_one_next_command(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_screen_says_what_is_here_and_one_next_command(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
     code, out, _ = run()
@@ -89,7 +119,9 @@ def test_the_first_screen_says_what_is_here_and_one_next_command(run, tmp_path: 
     assert rows["next"].split(maxsplit=1)[1].startswith("qengine ")
 
 
-def test_E17_doctor_names_versions_devices_native_library_and_caches(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_E17_doctor_names_versions_devices_native_library_and_caches(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
     monkeypatch.setenv("QENGINE_CACHE", str(tmp_path / "cache"))

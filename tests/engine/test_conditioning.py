@@ -14,7 +14,6 @@ import pytest
 import torch
 from PIL import Image
 from pipelines import shared_pipeline
-
 from qengine.engine.conditioning import Conditioning, ConditioningCache
 from qengine.engine.encoder import PromptEncoder
 from qengine.loaders.source import open_model

@@ -12,11 +12,10 @@ import pytest
 import torch
 from PIL import Image
 from pipelines import build_pipeline, reference_pipeline, shared_pipeline
-from safetensors.torch import load_file, save_file
-
 from qengine.engine.encoder import PromptEncoder
 from qengine.engine.encoder.templates import TEMPLATES
 from qengine.loaders.source import open_model
+from safetensors.torch import load_file, save_file
 
 CPU = torch.device("cpu")
 TEMPLATE_OF = {"qwen-image": "text", "edit": "edit", "edit-2509": "edit-plus", "edit-2511": "edit-plus"}

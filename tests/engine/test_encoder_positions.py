@@ -11,13 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pipelines import reference_pipeline, shared_pipeline
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
-
 from qengine.engine.encoder.pictures import Patches, cut_patches
 from qengine.engine.encoder.positions import mrope_positions
 from qengine.engine.encoder.vision import patch_places, window_order
 from qengine.errors import CheckpointError, KernelError
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 IMAGE = 7
 GRIDS = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=3)

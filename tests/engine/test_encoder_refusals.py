@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 from pipelines import reference_pipeline, shared_pipeline
-
 from qengine.engine.encoder import PromptEncoder
 from qengine.engine.encoder.templates import TEMPLATES
 from qengine.errors import CheckpointError, InputError, RequestError

@@ -1,0 +1,294 @@
+"""The 2-D image VAE against diffusers' 3-D one, and bands against whole maps."""
+
+from __future__ import annotations
+
+# pyright: reportPrivateImportUsage=false
+
+import functools
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from diffusers import AutoencoderKLQwenImage
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from qengine.engine.vae import ImageVAE
+from qengine.engine.vae.config import VaeConfig, expected_shapes
+from qengine.errors import CheckpointError, RequestError
+from qengine.loaders.checkpoint import Checkpoint
+from qengine.loaders.component import Component
+
+TINY = {"base_dim": 16, "dim_mult": [1, 2, 4], "z_dim": 16, "temperal_downsample": [False, True]}
+FOUR_LEVELS = {"base_dim": 16, "dim_mult": [1, 2, 4, 4], "z_dim": 16, "temperal_downsample": [False, True, True]}
+FOUR_CHANNELS = FOUR_LEVELS | {"z_dim": 4, "temperal_downsample": [True, True, False]}
+LAYERED = TINY | {"input_channels": 4}
+CONFIGS = {"tiny": TINY, "four levels": FOUR_LEVELS, "four channels": FOUR_CHANNELS, "layered": LAYERED}
+SIZES = [(1, 5, 7), (2, 9, 4), (1, 1, 1)]
+
+
+def _random_model(**sizes: Any) -> AutoencoderKLQwenImage:
+    """Random weights in which every tensor matters: gains around one, no bias zero."""
+    generator = torch.Generator().manual_seed(1)
+    latent = sizes["z_dim"]
+    mean = torch.randn(latent, generator=generator).tolist()
+    std = (torch.rand(latent, generator=generator) + 0.5).tolist()
+    model = AutoencoderKLQwenImage(**sizes, latents_mean=mean, latents_std=std).eval().requires_grad_(False)
+    for name, tensor in model.state_dict().items():
+        noise = torch.randn(tensor.shape, generator=generator)
+        if name.endswith("gamma"):
+            tensor.copy_(1 + 0.1 * noise)
+        elif name.endswith("bias"):
+            tensor.copy_(0.1 * noise)
+        else:
+            tensor.copy_(noise * tensor[0].numel() ** -0.5)
+    return model
+
+
+def _component(folder: Path, model: AutoencoderKLQwenImage, **changed: torch.Tensor | None) -> Component:
+    """The model as a checkpoint; ``changed`` replaces tensors, or leaves them out where it says None."""
+    tensors = {name: tensor.contiguous() for name, tensor in (model.state_dict() | changed).items() if tensor is not None}
+    path = folder / "vae.safetensors"
+    save_file(tensors, path)
+    return Component("vae", dict(model.config), Checkpoint.open([path]))
+
+
+@functools.cache
+def _model(kind: str) -> AutoencoderKLQwenImage:
+    return _random_model(**CONFIGS[kind])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("vae")
+
+
+@pytest.fixture(scope="module")
+def tiny(folder: Path) -> ImageVAE:
+    return ImageVAE.load(_component(folder, _model("tiny")), device="cpu", dtype=torch.float32)
+
+
+def _scales(model: AutoencoderKLQwenImage) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (1, -1, 1, 1, 1)
+    return torch.tensor(model.config["latents_mean"]).view(shape), torch.tensor(model.config["latents_std"]).view(shape)
+
+
+def _encoded(model: AutoencoderKLQwenImage, pixels: torch.Tensor) -> torch.Tensor:
+    mean, std = _scales(model)
+    return (model.encode(pixels.unsqueeze(2)).latent_dist.mode() - mean) / std
+
+
+def _decoded(model: AutoencoderKLQwenImage, latents: torch.Tensor) -> torch.Tensor:
+    mean, std = _scales(model)
+    return model.decode(latents * std + mean).sample[:, :, 0]
+
+
+def _noise(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def _pixels(*shape: int) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(sum(shape))) * 2 - 1
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("size", SIZES)
+def test_encode_and_decode_equal_diffusers_within_1e_5(tmp_path: Path, kind: str, size: tuple[int, int, int]) -> None:
+    model = _model(kind)
+    vae = ImageVAE.load(_component(tmp_path, model), device="cpu", dtype=torch.float32)
+    batch, height, width = size
+    pixels = _pixels(batch, model.config["input_channels"], height * vae.scale_factor, width * vae.scale_factor)
+    latents = _noise(batch, vae.latent_channels, 1, height, width)
+    torch.testing.assert_close(vae.encode(pixels), _encoded(model, pixels), atol=1e-5, rtol=0)
+    expected = _decoded(model, latents)
+    assert expected.abs().lt(1).float().mean() > 0.5
+    torch.testing.assert_close(vae.decode(latents), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("kind", "factor"), [("four levels", 8), ("tiny", 4)])
+def test_R01_a_picture_becomes_a_normalised_latent_of_16_channels(tmp_path: Path, kind: str, factor: int) -> None:
+    model = _model(kind)
+    vae = ImageVAE.load(_component(tmp_path, model), device="cpu", dtype=torch.float32, parts=("encoder",))
+    pixels = _pixels(1, 3, 48, 32)
+    latents = vae.encode(pixels)
+    assert vae.scale_factor == factor
+    assert latents.shape == (1, 16, 1, 48 // factor, 32 // factor)
+    assert latents.is_contiguous()
+    mean, std = _scales(model)
+    raw = model.encode(pixels.unsqueeze(2)).latent_dist.mode()
+    torch.testing.assert_close(latents * std + mean, raw, atol=1e-5, rtol=0)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    batch=st.integers(1, 2), height=st.integers(1, 9), width=st.integers(1, 6), values=st.sampled_from([1, 3000, 20_000])
+)
+def test_bands_of_any_height_give_the_whole_map_within_1e_6(
+    tiny: ImageVAE, batch: int, height: int, width: int, values: int
+) -> None:
+    pixels, latents = _pixels(batch, 3, height * 4, width * 4), _noise(batch, 16, 1, height, width)
+    results = []
+    for band_values in (1 << 40, values):
+        tiny.band_values = band_values
+        results.append((tiny.encode(pixels), tiny.decode(latents)))
+    (encoded, decoded), (banded_encoded, banded_decoded) = results
+    torch.testing.assert_close(banded_encoded, encoded, atol=2e-6, rtol=0)
+    torch.testing.assert_close(banded_decoded, decoded, atol=2e-6, rtol=0)
+
+
+def test_a_run_twice_gives_the_same_bits_and_leaves_its_inputs_alone(tiny: ImageVAE) -> None:
+    pixels, latents = _pixels(1, 3, 32, 24), _noise(1, 16, 1, 8, 6)
+    copies = pixels.clone(), latents.clone()
+    assert torch.equal(tiny.encode(pixels), tiny.encode(pixels))
+    assert torch.equal(tiny.decode(latents), tiny.decode(latents))
+    assert torch.equal(pixels, copies[0])
+    assert torch.equal(latents, copies[1])
+    assert not tiny.decode(latents).requires_grad
+
+
+def test_strided_inputs_give_the_same_result(tiny: ImageVAE) -> None:
+    pixels, latents = _pixels(1, 3, 64, 24)[:, :, ::2], _noise(1, 16, 1, 6, 16)[..., ::2]
+    assert torch.equal(tiny.encode(pixels), tiny.encode(pixels.contiguous()))
+    assert torch.equal(tiny.decode(latents), tiny.decode(latents.contiguous()))
+
+
+def test_zeroing_any_one_tensor_that_a_single_frame_meets_changes_the_output(tmp_path: Path) -> None:
+    model = _random_model(**TINY | {"base_dim": 4})
+    pixels, latents = _pixels(1, 3, 8, 8), _noise(1, 16, 1, 2, 2)
+
+    component = _component(tmp_path, model)
+    checkpoint = component.checkpoint
+    read = checkpoint.read
+
+    def run(zeroed: str = "") -> tuple[torch.Tensor, torch.Tensor]:
+        def read_one(name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+            tensor = read(name, dtype)
+            return tensor.zero_() if name == zeroed else tensor
+
+        with mock.patch.object(checkpoint, "read", read_one):
+            vae = ImageVAE.load(component, device="cpu", dtype=torch.float32)
+        return vae.encode(pixels), vae.decode(latents)
+
+    before = run()
+    for name in model.state_dict():
+        after = run(name)
+        encoder = name.startswith(("encoder", "quant_conv"))
+        changed = not torch.equal(before[0], after[0]), not torch.equal(before[1], after[1])
+        unused = "time_conv" in name
+        assert changed == (encoder and not unused, not encoder and not unused), name
+
+
+def test_bfloat16_is_at_most_twice_as_far_from_float32_as_diffusers_in_bfloat16(tmp_path: Path) -> None:
+    model = _model("tiny")
+    vae = ImageVAE.load(_component(tmp_path, model), device="cpu", dtype=torch.bfloat16)
+    rounded = _random_model(**TINY).bfloat16()
+    pixels, latents = _pixels(1, 3, 64, 48), _noise(1, 16, 1, 16, 12)
+    mean, std = _scales(model)
+    theirs = rounded.decode((latents * std + mean).bfloat16()).sample[:, :, 0].float()
+    expected = _decoded(model, latents)
+    assert (vae.decode(latents) - expected).square().mean() <= 4 * (theirs - expected).square().mean()
+    theirs = (rounded.encode(pixels.unsqueeze(2).bfloat16()).latent_dist.mode().float() - mean) / std
+    expected = _encoded(model, pixels)
+    assert (vae.encode(pixels) - expected).square().mean() <= 4 * (theirs - expected).square().mean()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_cuda_in_float32_equals_the_cpu(tmp_path: Path) -> None:
+    component = _component(tmp_path, _model("four levels"))
+    latents, pixels = _noise(1, 16, 1, 9, 7), _pixels(1, 3, 72, 56)
+    cpu, gpu = (ImageVAE.load(component, device=device, dtype=torch.float32) for device in ("cpu", "cuda"))
+    # TF32 convolutions are PyTorch's default on the GPU: 10 bits of mantissa through some thirty layers.
+    torch.testing.assert_close(gpu.decode(latents).cpu(), cpu.decode(latents), atol=1e-2, rtol=0)
+    torch.testing.assert_close(gpu.encode(pixels).cpu(), cpu.encode(pixels), atol=1e-2, rtol=0)
+
+
+def test_the_tensor_list_is_exactly_that_of_diffusers() -> None:
+    for kind in CONFIGS:
+        model = _model(kind)
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        assert expected_shapes(VaeConfig.parse(model.config)) == shapes
+
+
+def test_of_the_real_vae_only_44_599_603_parameters_are_kept() -> None:
+    shapes = expected_shapes(VaeConfig.parse(dict(AutoencoderKLQwenImage.load_config({})) | _real_config()))
+    assert sum(torch.Size(shape).numel() for shape in shapes.values()) == 126_892_531
+    kept = {name: shape for name, shape in shapes.items() if "time_conv" not in name}
+    flat = ((*shape[:2], *shape[3:]) if len(shape) == 5 else shape for shape in kept.values())
+    assert sum(torch.Size(shape).numel() for shape in flat) == 44_599_603
+
+
+def _real_config() -> dict[str, Any]:
+    numbers = {"latents_mean": [0.0] * 16, "latents_std": [1.0] * 16, "num_res_blocks": 2}
+    return FOUR_LEVELS | numbers | {"base_dim": 96}
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_checkpoint_errors(tmp_path: Path) -> None:
+    model = _model("tiny")
+    weight = model.state_dict()["decoder.conv_in.weight"]
+    changes: list[dict[str, torch.Tensor | None]] = [
+        {"encoder.norm_out.gamma": None},
+        {"decoder.extra": torch.zeros(1)},
+        {"decoder.conv_in.weight": weight[:, :, -1].clone()},
+    ]
+    for changed in changes:
+        component = _component(tmp_path, model, **changed)
+        with pytest.raises(CheckpointError, match=next(iter(changed))):
+            ImageVAE.load(component, device="cpu", dtype=torch.float32, parts=("encoder",))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"z_dim": None},
+        {"base_dim": True},
+        {"dim_mult": []},
+        {"dim_mult": [1, "2"]},
+        {"temperal_downsample": [True]},
+        {"latents_mean": [0.0]},
+        {"latents_std": [0.0] * 16},
+        {"attn_scales": [1.0]},
+        {"base_dim": 15},
+    ],
+)
+def test_a_config_that_makes_no_sense_is_a_checkpoint_error(change: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match=next(iter(change)).replace("base_dim", "base_dim|channel counts")):
+        VaeConfig.parse(dict(_model("tiny").config) | change)
+
+
+def test_only_the_asked_part_is_loaded_and_a_released_one_is_gone(tmp_path: Path) -> None:
+    component = _component(tmp_path, _model("tiny"))
+    vae = ImageVAE.load(component, device="cpu", dtype=torch.float32, parts=("decoder",))
+    assert vae.parts == ("decoder",)
+    with pytest.raises(RequestError, match="encoder"):
+        vae.encode(_pixels(1, 3, 8, 8))
+    vae.release("decoder")
+    with pytest.raises(RequestError, match="decoder"):
+        vae.decode(_noise(1, 16, 1, 2, 2))
+    with pytest.raises(RequestError, match="parts"):
+        ImageVAE.load(component, device="cpu", dtype=torch.float32, parts=("both",))
+    with pytest.raises(RequestError, match="dtype"):
+        ImageVAE.load(component, device="cpu", dtype=torch.float16)
+
+
+def test_shapes_that_do_not_fit_are_refused(tiny: ImageVAE) -> None:
+    for pixels in (_pixels(1, 3, 10, 8), _pixels(1, 1, 8, 8), _pixels(3, 8, 8), _pixels(1, 3, 0, 8)):
+        with pytest.raises(RequestError):
+            tiny.encode(pixels)
+    for latents in (_noise(1, 16, 2, 2, 2), _noise(1, 4, 1, 2, 2), _noise(1, 16, 2, 2)):
+        with pytest.raises(RequestError):
+            tiny.decode(latents)
+
+
+def test_the_rgb_projection_is_the_least_squares_fit_and_made_once(tiny: ImageVAE) -> None:
+    projection = tiny.rgb_projection()
+    assert projection.shape == (17, 3)
+    assert projection.dtype == torch.float32
+    assert tiny.rgb_projection() is projection
+    flat = _noise(1, 16, 1, 1, 1).expand(1, 16, 1, 6, 6)
+    guess = flat[0, :, 0, 0, 0] @ projection[:-1] + projection[-1]
+    worst = tiny.decode(flat)[0].mean((1, 2)) - guess
+    plain = tiny.decode(flat)[0].mean((1, 2)) - projection[-1]
+    assert worst.abs().mean() < plain.abs().mean()
