@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -72,7 +72,15 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _pytest(arguments: Sequence[str]) -> int:
-    fixed = ["-q", "-p", "no:cacheprovider", "--benchmark-columns=min,median,max,rounds", "-o", "addopts=", "--timeout=0"]
+    fixed = [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--benchmark-columns=min,median,max,rounds",
+        "-o",
+        "addopts=",
+        "--timeout=0",
+    ]
     if find_spec("pytest_timeout") is None:
         fixed.remove("--timeout=0")
     try:
@@ -96,7 +104,7 @@ def _versions() -> Iterator[tuple[str, str]]:
 def _lines(report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     cpu = report["machine_info"].get("cpu", {})
     common = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {"cpu": cpu.get("brand_raw"), "cores": cpu.get("count"), "system": platform.platform()},
         "versions": dict(_versions()),
         "commit": _commit(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,7 +64,7 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     chosen = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if chosen not in _DTYPES.values():
+    if chosen is None or chosen not in _DTYPES.values():
         raise RequestError(f"dtype must be auto, float32 or bfloat16, got {dtype}")
     return chosen
 
@@ -119,9 +119,21 @@ class Components:
         return self._transformer
 
     def condition(
-        self, prompt: str, negative: str | None, pictures: Sequence[Image.Image], template: str
+        self,
+        prompt: str,
+        negative: str | None,
+        pictures: Sequence[Image.Image],
+        template: str,
+        check: Callable[[], None],
     ) -> tuple[Conditioning, bool]:
         """Prompt embeddings, from the cache if it has them; the encoder is read only when it does not.
+
+        Args:
+            prompt: what to make.
+            negative: the second branch's prompt, or None.
+            pictures: at the size at which the vision tower sees them.
+            template: of the encoder.
+            check: called before each layer; raises to stop the run.
 
         Returns:
             The conditioning, and whether it came from the cache.
@@ -132,7 +144,7 @@ class Components:
         known = self._conditioning.get(key)
         if known is not None:
             return known, True
-        embeds = encoder.encode(prompts, pictures, template)
+        embeds = encoder.encode(prompts, pictures, template, check=check)
         made = Conditioning(embeds[0], embeds[1] if negative is not None else None, key)
         self._conditioning.put(made)
         self._keep_or_free(encoder)

@@ -32,8 +32,6 @@ class Defaults:
     max_references: int | None = None
 
 
-
-
 DEFAULTS: dict[str, Defaults] = {
     "qwen-image": Defaults(25, 4.0, " ", 1024 * 1024, "text", max_references=0),
     "qwen-image-edit": Defaults(

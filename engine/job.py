@@ -137,10 +137,13 @@ def resolve(request: GenerateRequest, defaults: Defaults, multiple: int) -> Job:
 def _check_count(count: int, defaults: Defaults) -> None:
     if defaults.max_references == 0 and count:
         raise RequestError(
-            f"this model must get text alone, got {count} picture(s)", hint="use an edit model, e.g. qwen-image-edit-2511"
+            f"this model must get text alone, got {count} picture(s)",
+            hint="use an edit model, e.g. qwen-image-edit-2511",
         )
     if defaults.max_references != 0 and not count:
-        raise RequestError("this model must get a picture to edit, got none", hint="use --model qwen-image for text alone")
+        raise RequestError(
+            "this model must get a picture to edit, got none", hint="use --model qwen-image for text alone"
+        )
     if defaults.max_references is not None and count > defaults.max_references:
         raise RequestError(
             f"this model must get at most {defaults.max_references} picture, got {count}",
@@ -176,7 +179,9 @@ def _target(
         target = Geometry(*request.size, multiple)
         if target.padded != request.size:
             wide, high = target.padded
-            notes.append(f"{target.width}x{target.height} is made as {wide}x{high} (multiples of {multiple}) and cropped")
+            notes.append(
+                f"{target.width}x{target.height} is made as {wide}x{high} (multiples of {multiple}) and cropped"
+            )
         return target
     if not pictures:
         side = round(defaults.area_pixels**0.5)

@@ -32,15 +32,15 @@ def initial_noise(seed: int, channels: int, rows: int, columns: int) -> torch.Te
 def combine(positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:
     """True classifier-free guidance with the norm of the positive prediction.
 
-    ``c = n + scale * (p - n)``, then per token ``c * |p| / |c|`` over the channels; where ``|c|`` is 0 the token stays 0.
+    ``c = n + scale * (p - n)``, then per token ``c * |p| / |c|`` over the channels; a token with ``|c| = 0`` stays 0.
 
     Args:
         positive: velocity of the prompt, float32 [batch, tokens, channels].
         negative: velocity of the negative prompt, same shape.
         scale: ``true_cfg_scale``.
 
-    Source: huggingface/diffusers@v0.42.1:src/diffusers/pipelines/qwenimage/pipeline_qwenimage_edit_plus.py, which divides
-    by zero where ours keeps zero.
+    Source: huggingface/diffusers@v0.42.1:src/diffusers/pipelines/qwenimage/pipeline_qwenimage_edit_plus.py, which
+    divides by zero where ours keeps zero.
     """
     combined = negative + scale * (positive - negative)
     norm = combined.norm(dim=-1, keepdim=True)

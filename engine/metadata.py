@@ -1,8 +1,8 @@
 """Results out: pictures and latents with the record of how they were made, and that record back.
 
 A PNG carries three text chunks: ``parameters`` in the spelling of the AUTOMATIC1111 web UI, which most tools read;
-``qengine``, the whole record as JSON; and an XMP packet with IPTC's digital source type. JPEG and WebP carry the first in EXIF's
-UserComment and the other two in XMP. Latents carry the JSON in the safetensors header.
+``qengine``, the whole record as JSON; and an XMP packet with IPTC's digital source type. JPEG and WebP carry the first in
+EXIF's UserComment and the other two in XMP. Latents carry the JSON in the safetensors header.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ _NAMESPACE = "urn:qengine:metadata:1"
 _XMP_KEY = "XML:com.adobe.xmp"
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 _NO_RECORD = "was it made with --no-metadata, or saved again by another program?"
 
 
@@ -87,7 +88,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path} must be a file that qengine wrote, got no such file", hint="check the name")
     try:
         text = _find_record(path)
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError) as error:
+    except _DAMAGE as error:
         raise InputError(f"{path} must be a whole picture or latents file, got a damaged one ({error})") from error
     if text is None:
         raise InputError(f"{path} must carry a qengine record, got none", hint=_NO_RECORD)
@@ -187,7 +188,7 @@ def _find_in_png(file: BinaryIO) -> str | None:
 
 
 def _itxt_text(body: bytes) -> str:
-    """keyword 0, compressed, method, language 0, translated keyword 0, text."""
+    """The text of ``keyword 0, compressed, method, language 0, translated keyword 0, text``."""
     rest = body[body.index(0) + 1 :]
     fields = rest[2:].split(b"\0", 2)
     if len(fields) != 3:

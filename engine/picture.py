@@ -66,7 +66,8 @@ def load_picture(source: str | PathLike[str] | bytes | Image.Image, *, max_pixel
                 picture = _normalise(image, label, hashlib.sha256(data).hexdigest(), max_pixels)
     except _DAMAGE as error:
         raise InputError(
-            f"{label} must be a whole picture, got a damaged or truncated file ({error})", hint="export the picture again"
+            f"{label} must be a whole picture, got a damaged or truncated file ({error})",
+            hint="export the picture again",
         ) from error
     said = (str(warning.message) for warning in caught if warning.category is not Image.DecompressionBombWarning)
     notes = (*picture.notes, *(f"{label}: {text}" for text in dict.fromkeys(said)))
@@ -98,7 +99,8 @@ def _open(data: bytes, label: str, max_pixels: int) -> Image.Image:
     except Image.UnidentifiedImageError as error:
         known = ", ".join(name for name in FORMATS if name in Image.OPEN)
         raise InputError(
-            f"{label} must be a picture ({known}), got something else or a damaged file", hint="convert it to PNG or JPEG"
+            f"{label} must be a picture ({known}), got something else or a damaged file",
+            hint="convert it to PNG or JPEG",
         ) from error
 
 

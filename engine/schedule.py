@@ -43,8 +43,8 @@ def make_schedule(
 ) -> Schedule:
     """The Qwen-Image schedule.
 
-    ``s = linspace(1, 1/n, n)``, shifted to ``m / (m + 1/s - 1)`` with ``m = e^mu`` (``mu`` linear in the number of target
-    tokens) or ``m = flow_shift``, then stretched so that the last value is ``shift_terminal``; 0 is appended.
+    ``s = linspace(1, 1/n, n)``, shifted to ``m / (m + 1/s - 1)`` with ``m = e^mu`` (``mu`` linear in the number of
+    target tokens) or ``m = flow_shift``, then stretched so that the last value is ``shift_terminal``; 0 is appended.
     One step is ``[1, 0]``: the stretch is not defined there.
 
     Args:

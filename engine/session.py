@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +61,7 @@ class Engine:
             device: ``auto`` (CUDA if there is one, else CPU), ``cpu``, ``cuda`` or ``cuda:1``.
             dtype: ``auto`` (float32 on a CPU, bfloat16 on CUDA), ``float32`` or ``bfloat16``.
             offline: never ask the hub.
-            cache_dir: folder of cached conditioning and modulation rows; None takes ``QENGINE_CACHE`` or the user's cache.
+            cache_dir: folder of cached conditioning and modulation rows; None takes ``QENGINE_CACHE``, else the user's.
             files: ``dit``, ``vae``, ``text_encoder`` (all three) and ``tokenizer`` for single files, ``model_version``.
 
         Raises:
@@ -70,7 +70,7 @@ class Engine:
             RequestError: options contradict each other.
         """
         place = pick_device(device)
-        source = open_model(model, offline=offline, **files)
+        source = open_model(model if model is None else fspath(model), offline=offline, **files)
         where = None if cache_dir is None else Path(cache_dir)
         return cls(source, Components(source, place, pick_dtype(dtype, place), where))
 
@@ -102,12 +102,14 @@ class Engine:
             Encoded once, Step per step, Decoded once.
 
         Raises:
-            RequestError: the model does not do what is asked, another run is under way, or ``resume`` is of another run.
+            RequestError: the model does not do what is asked, a run is under way, or ``resume`` is of another run.
             InputError: a picture cannot be used.
             Cancelled: :meth:`cancel` was called.
         """
         if not self._running.acquire(blocking=False):
-            raise RequestError("an engine must run one request at a time, got a second", hint="finish or close the first")
+            raise RequestError(
+                "an engine must run one request at a time, got a second", hint="finish or close the first"
+            )
         try:
             self._cancelled.clear()
             job = resolve(request, self.defaults, self._components.multiple)
@@ -152,10 +154,8 @@ class Engine:
 
     def _encode(self, job: Job) -> tuple[Conditioning, bool]:
         self._check()
-        pictures = [
-            resize(picture.image, *size) for picture, size in zip(job.pictures, job.conditions, strict=True)
-        ]
-        return self._components.condition(job.prompt, job.negative_prompt, pictures, job.template)
+        pictures = [resize(picture.image, *size) for picture, size in zip(job.pictures, job.conditions, strict=True)]
+        return self._components.condition(job.prompt, job.negative_prompt, pictures, job.template, self._check)
 
     def _denoiser(self, job: Job, conditioning: Conditioning) -> Denoiser:
         self._check()
@@ -169,9 +169,7 @@ class Engine:
         return Decoded(image, latents.cpu(), describe(job, self.source, self.device, self.dtype))
 
     def _key(self, job: Job) -> str:
-        return job.key(
-            {"model": self.source.fingerprint, "dtype": str(self.dtype), "device": self.device.type}
-        )
+        return job.key({"model": self.source.fingerprint, "dtype": str(self.dtype), "device": self.device.type})
 
     def _finish(self, request: GenerateRequest) -> Result:
         seconds = {"encode": 0.0, "denoise": 0.0, "decode": 0.0}

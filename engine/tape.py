@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import nn
 
 TENSOR_ALIGNMENT_BYTES = 256
 SLAB_ALIGNMENT_BYTES = 4096
+
+Block = TypeVar("Block", bound=nn.Module)
 
 
 class TensorReader(Protocol):
@@ -33,8 +35,8 @@ def _round_up(value: int, multiple: int) -> int:
 def aligned_bytes(nbytes: int, device: torch.device) -> torch.Tensor:
     """Allocate ``nbytes`` bytes whose address is a multiple of the slab alignment.
 
-    Alignment is part of the numerics contract: GEMM libraries choose kernels by it, and a 4-byte offset has been seen to
-    change bits.
+    Alignment is part of the numerics contract: GEMM libraries choose kernels by it, and a 4-byte offset has been seen
+    to change bits.
 
     Returns:
         uint8 tensor [nbytes] on ``device``, uninitialised.
@@ -80,14 +82,14 @@ class SlabLayout:
         }
 
 
-class Template:
+class Template(Generic[Block]):
     """One block, built on the meta device, that runs as any block of a tape.
 
     Args:
         module: a block whose parameters live on the meta device.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: Block) -> None:
         self.module = module.eval().requires_grad_(False)
         self._meta = dict(module.named_parameters())
         self._places = {name: self._place(name) for name in self._meta}
@@ -101,7 +103,7 @@ class Template:
         """Shape of every parameter by its name inside the block."""
         return {name: tuple(parameter.shape) for name, parameter in self._meta.items()}
 
-    def bind(self, views: Mapping[str, torch.Tensor]) -> nn.Module:
+    def bind(self, views: Mapping[str, torch.Tensor]) -> Block:
         """Point every parameter at its view and return the block.
 
         A parameter that the slab leaves out (the dead weights of a last block) goes back to the meta device, so using

@@ -8,16 +8,13 @@ them, no bias is zero.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import functools
 import json
 import shutil
-import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import diffusers
 import torch
@@ -29,10 +26,11 @@ from diffusers import (
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
+from qengine.bench.stock import reference_areas
+from qengine.bench.stock import stock_pipeline as reference_pipeline
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-from transformers import BatchFeature, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 KINDS = ("qwen-image", "edit", "edit-2509", "edit-2511")
 PIPELINE_CLASSES = {
@@ -41,6 +39,8 @@ PIPELINE_CLASSES = {
     "edit-2509": QwenImageEditPlusPipeline,
     "edit-2511": QwenImageEditPlusPipeline,
 }
+__all__ = ["build_pipeline", "reference_areas", "reference_pipeline", "shared_pipeline"]
+
 SPECIAL_TOKENS = (
     "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
     "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
@@ -259,80 +259,3 @@ def shared_pipeline(kind: str) -> Path:
     folder = Path(tempfile.mkdtemp(prefix=f"qengine-{kind}-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return build_pipeline(kind, folder)
-
-
-class ReferenceProcessor:
-    """What the edit pipelines need of `Qwen2VLProcessor`, without torchvision: tokenizer and PIL image processor."""
-
-    def __init__(self, tokenizer: Qwen2Tokenizer, image_processor: Qwen2VLImageProcessorPil) -> None:
-        self.tokenizer = tokenizer
-        self.image_processor = image_processor
-        self.image_token = "<|image_pad|>"
-
-    def __call__(
-        self, text: str | Sequence[str], images: Any = None, padding: bool = False, return_tensors: str | None = None
-    ) -> BatchFeature:
-        """Expand each image placeholder to its number of merged patches, then tokenize."""
-        texts = [text] if isinstance(text, str) else list(text)
-        pictures: dict[str, Any] = {}
-        if images is not None:
-            pictures = dict(self.image_processor(images=images, return_tensors=return_tensors))
-            merged = self.image_processor.merge_size**2
-            counts = iter([int(grid.prod()) // merged for grid in pictures["image_grid_thw"]])
-            texts = [self._expand(entry, counts) for entry in texts]
-        tokens = self.tokenizer(texts, padding=padding, return_tensors=return_tensors)
-        return BatchFeature(data={**tokens, **pictures})
-
-    def _expand(self, text: str, counts: Any) -> str:
-        head, *tails = text.split(self.image_token)
-        return head + "".join(self.image_token * next(counts) + tail for tail in tails)
-
-
-def give_mrope_back(text_encoder: Qwen2_5_VLForConditionalGeneration) -> None:
-    """Pass the token types that diffusers 0.42.1 leaves out, so that image tokens get their 3-D positions."""
-    forward = text_encoder.forward
-    image_token_id = text_encoder.config.image_token_id
-
-    @functools.wraps(forward)
-    def with_types(*args: Any, **kwargs: Any) -> Any:
-        kwargs["mm_token_type_ids"] = (kwargs["input_ids"] == image_token_id).int()
-        return forward(*args, **kwargs)
-
-    text_encoder.forward = with_types
-
-
-@contextlib.contextmanager
-def reference_areas(vae_pixels: int, condition_pixels: int) -> Iterator[None]:
-    """Inside, the edit pipelines of diffusers bring pictures to these areas, not to 1024^2 and 384^2 (slow on a CPU).
-
-    The first edit pipeline has one area for both, `vae_pixels`.
-    """
-    plus, edit = (sys.modules[cls.__module__] for cls in (QwenImageEditPlusPipeline, QwenImageEditPipeline))
-    dimensions = edit.calculate_dimensions
-    with (
-        mock.patch.object(plus, "VAE_IMAGE_SIZE", vae_pixels),
-        mock.patch.object(plus, "CONDITION_IMAGE_SIZE", condition_pixels),
-        mock.patch.object(edit, "calculate_dimensions", lambda _, ratio: dimensions(vae_pixels, ratio)),
-    ):
-        yield
-
-
-def reference_pipeline(folder: Path, *, mrope: bool = True) -> Any:
-    """The diffusers pipeline of `folder`; `mrope` False leaves image positions sequential, as diffusers 0.42.1 does."""
-    name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
-    cls = next(cls for cls in PIPELINE_CLASSES.values() if cls.__name__ == name)
-    parts: dict[str, Any] = {
-        "scheduler": FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
-        "vae": AutoencoderKLQwenImage.from_pretrained(folder / "vae"),
-        "text_encoder": Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "text_encoder"),
-        "tokenizer": Qwen2Tokenizer.from_pretrained(folder / "tokenizer"),
-        "transformer": QwenImageTransformer2DModel.from_pretrained(folder / "transformer"),
-    }
-    if cls is not QwenImagePipeline:
-        image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder / "processor")
-        parts["processor"] = ReferenceProcessor(parts["tokenizer"], image_processor)
-    if mrope:
-        give_mrope_back(parts["text_encoder"])
-    pipeline = cls(**parts)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline

@@ -169,10 +169,7 @@ def imported_by(statement: str) -> set[str]:
 HEAVY = frozenset({"torch", "transformers", "diffusers", "triton", "numpy", "PIL", "huggingface_hub", "safetensors"})
 
 
-@pytest.mark.parametrize(
-    "statement",
-    ["import qengine", "import qengine.kernels", "import qengine.kernels.read", "import qengine.loaders.source"],
-)
+@pytest.mark.parametrize("module", ["qengine", "qengine.kernels", "qengine.kernels.read", "qengine.loaders.source"])
 def test_importing_the_package_loads_nothing_heavy(module: str) -> None:
     assert not imported_by(f"import {module}") & HEAVY
 

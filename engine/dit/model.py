@@ -104,7 +104,7 @@ class QwenImageTransformer:
         self._parameter = ends.img_in.weight
 
     @staticmethod
-    def _make_template(config: DiTConfig) -> Template:
+    def _make_template(config: DiTConfig) -> Template[DoubleStreamBlock]:
         with torch.device("meta"):
             return Template(DoubleStreamBlock(config.dim, config.num_attention_heads))
 

@@ -65,7 +65,7 @@ class VaeConfig:
             raise CheckpointError(f"VAE config dim_mult must be a list of positive numbers, got {list(self.dim_mult)}")
         if len(self.temperal_downsample) != len(self.dim_mult) - 1:
             raise CheckpointError(
-                f"VAE config temperal_downsample must be {len(self.dim_mult) - 1} entries long (one less than dim_mult), "
+                f"VAE config temperal_downsample must be {len(self.dim_mult) - 1} long, one less than dim_mult, "
                 f"got {len(self.temperal_downsample)}"
             )
         if any(width % 2 for width in self.dims[1:]):

@@ -145,10 +145,11 @@ class Attention:
         self.norm.into(x, normed)
         tokens = normed.permute(0, 2, 3, 1).reshape(batch, 1, height * width, channels)
         qkv = F.linear(tokens, self.to_qkv.weight[:, :, 0, 0], self.to_qkv.bias)
+        query, key, value = qkv.chunk(3, dim=-1)
         # One head of all channels is wider than the flash kernels of CUDA take, and the fallback that would be chosen
         # instead holds the whole [pixels, pixels] matrix.
         pinned = sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION) if x.is_cuda else nullcontext()
         with pinned:
-            mixed = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
+            mixed = F.scaled_dot_product_attention(query, key, value)
         projected = F.linear(mixed, self.proj.weight[:, :, 0, 0], self.proj.bias)
         return x.add_(projected.view(batch, height, width, channels).permute(0, 3, 1, 2))

@@ -95,8 +95,9 @@ class ImageVAE:
     """The Qwen-Image autoencoder for single images, in two dimensions.
 
     Every causal 3-D convolution meets two frames of zeros before the only frame, so its last temporal tap as a 2-D
-    convolution is exact, and the temporal resampling never runs. All norms are per pixel and only the middle's attention is
-    global; the rest runs over bands of rows (`bands`), so that peak memory grows with the width of the image.
+    convolution is exact, and the temporal resampling never runs. All norms are per pixel and only the middle's
+    attention is global; the rest runs over bands of rows (`bands`), so that beside the smallest maps and the result the
+    peak memory grows with the width of the image only.
 
     Source: semantics of huggingface/diffusers@v0.42.1:src/diffusers/models/autoencoders/autoencoder_kl_qwenimage.py;
     differs in being 2-D, streaming rows, folding doubling into the convolution behind it, and normalising latents.
@@ -232,7 +233,8 @@ class ImageVAE:
             cells = torch.nn.functional.avg_pool2d(pixels, self.scale_factor)
             inputs = latents.flatten(2)[0].T.double()
             inputs = torch.cat((inputs, inputs.new_ones(len(inputs), 1)), 1)
-            self._projection = torch.linalg.lstsq(inputs, cells.flatten(2)[0].T.double()).solution.float()
+            projection: Tensor = torch.linalg.lstsq(inputs, cells.flatten(2)[0].T.double()).solution
+            self._projection = projection.float()
         return self._projection
 
     def _half(self, part: str) -> Half:

@@ -5,19 +5,27 @@ from __future__ import annotations
 import json
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from pipelines import shared_pipeline
+from qengine.engine.defaults import DEFAULTS
 
 pytestmark = pytest.mark.usefixtures("folder")
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _small_and_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of its own, and areas that suit random miniatures."""
     monkeypatch.setenv("QENGINE_CACHE", str(tmp_path / "cache"))
+    for name, defaults in list(DEFAULTS.items()):
+        small = replace(defaults, area_pixels=64 * 64, condition_area_pixels=56 * 56)
+        if defaults.reference_area_pixels is not None:
+            small = replace(small, reference_area_pixels=64 * 64)
+        monkeypatch.setitem(DEFAULTS, name, small)
 
 
 def ask(*words: str) -> list[str]:
@@ -33,7 +41,7 @@ def ask(*words: str) -> list[str]:
         "--device",
         "cpu",
     ]
-    return ["edit", *words, *flags]
+    return ["edit", *flags, *words]
 
 
 def pixels(path: str) -> np.ndarray:

@@ -16,11 +16,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.torch import load_file
-
 from qengine.engine import metadata
 from qengine.engine.metadata import read_metadata, write_latents, write_picture, write_png
 from qengine.errors import InputError, OutputError
+from safetensors.torch import load_file
 
 IMAGE = Image.fromarray(np.arange(6 * 4 * 3, dtype=np.uint8).reshape(4, 6, 3))
 RECORD: dict[str, Any] = {

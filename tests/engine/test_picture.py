@@ -17,7 +17,6 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as edit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
-
 from qengine.engine.picture import calculate_dimensions, load_picture, resize, to_picture, to_tensor
 from qengine.errors import InputError, RequestError
 

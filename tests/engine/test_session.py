@@ -142,7 +142,9 @@ def test_a_preview_is_a_picture_of_the_predicted_result(opened: Engine) -> None:
 
 
 def test_E08_the_same_seed_gives_the_same_bits_and_another_seed_others(opened: Engine) -> None:
-    first, again, other = (opened.edit(PICTURES[0], "x", seed=s, num_inference_steps=2, size=(48, 48)) for s in (3, 3, 4))
+    first, again, other = (
+        opened.edit(PICTURES[0], "x", seed=s, num_inference_steps=2, size=(48, 48)) for s in (3, 3, 4)
+    )
     assert first.image.tobytes() == again.image.tobytes() and torch.equal(first.latents, again.latents)
     assert not torch.equal(first.latents, other.latents)
 
@@ -152,7 +154,9 @@ def test_E06_scale_one_runs_one_branch_per_step(opened: Engine, monkeypatch: pyt
     transformer = opened._components.transformer
     velocity = transformer.velocity
     monkeypatch.setattr(
-        transformer, "velocity", lambda x, r, branches, *a, **k: counts.append(len(branches)) or velocity(x, r, branches, *a, **k)
+        transformer,
+        "velocity",
+        lambda x, r, branches, *a, **k: counts.append(len(branches)) or velocity(x, r, branches, *a, **k),
     )
     list(opened.stream(replace(REQUEST, true_cfg_scale=1.0)))
     list(opened.stream(replace(REQUEST, true_cfg_scale=4.0)))
@@ -264,12 +268,18 @@ def test_bfloat16_runs_and_stays_near_float32(tmp_path: Path) -> None:
         with engine("edit-2511", tmp_path, dtype=dtype) as opened:
             latents.append(opened.edit(PICTURES[0], "x", num_inference_steps=2, size=(48, 48)).latents)
     error = (latents[0] - latents[1]).norm() / latents[0].norm()
-    assert 0 < error < 0.2  # random weights amplify the 8-bit mantissa over two steps; trained ones are measured elsewhere
+    assert (
+        0 < error < 0.2
+    )  # random weights amplify the 8-bit mantissa over two steps; trained ones are measured elsewhere
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"device": "tpu"}, "device must be"), ({"dtype": "float16"}, "dtype must be"), ({"device": "cuda:99"}, "device must be")],
+    [
+        ({"device": "tpu"}, "device must be"),
+        ({"dtype": "float16"}, "dtype must be"),
+        ({"device": "cuda:99"}, "device must be"),
+    ],
 )
 def test_unknown_devices_and_dtypes_are_refused(options, words) -> None:
     with pytest.raises((RequestError, Exception), match=words):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 # pyright: reportPrivateImportUsage=false
-
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,13 +14,12 @@ import torch
 from diffusers import AutoencoderKLQwenImage
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
-
 from qengine.engine.vae import ImageVAE
 from qengine.engine.vae.config import VaeConfig, expected_shapes
 from qengine.errors import CheckpointError, RequestError
 from qengine.loaders.checkpoint import Checkpoint
 from qengine.loaders.component import Component
+from safetensors.torch import save_file
 
 TINY = {"base_dim": 16, "dim_mult": [1, 2, 4], "z_dim": 16, "temperal_downsample": [False, True]}
 FOUR_LEVELS = {"base_dim": 16, "dim_mult": [1, 2, 4, 4], "z_dim": 16, "temperal_downsample": [False, True, True]}
@@ -28,6 +27,15 @@ FOUR_CHANNELS = FOUR_LEVELS | {"z_dim": 4, "temperal_downsample": [True, True, F
 LAYERED = TINY | {"input_channels": 4}
 CONFIGS = {"tiny": TINY, "four levels": FOUR_LEVELS, "four channels": FOUR_CHANNELS, "layered": LAYERED}
 SIZES = [(1, 5, 7), (2, 9, 4), (1, 1, 1)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Maps of a few pixels: on a busy machine a second thread costs more to wait for than it brings."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def _random_model(**sizes: Any) -> AutoencoderKLQwenImage:
@@ -50,7 +58,9 @@ def _random_model(**sizes: Any) -> AutoencoderKLQwenImage:
 
 def _component(folder: Path, model: AutoencoderKLQwenImage, **changed: torch.Tensor | None) -> Component:
     """The model as a checkpoint; ``changed`` replaces tensors, or leaves them out where it says None."""
-    tensors = {name: tensor.contiguous() for name, tensor in (model.state_dict() | changed).items() if tensor is not None}
+    tensors = {
+        name: tensor.contiguous() for name, tensor in (model.state_dict() | changed).items() if tensor is not None
+    }
     path = folder / "vae.safetensors"
     save_file(tensors, path)
     return Component("vae", dict(model.config), Checkpoint.open([path]))
@@ -124,7 +134,10 @@ def test_R01_a_picture_becomes_a_normalised_latent_of_16_channels(tmp_path: Path
 
 @settings(max_examples=15, deadline=None)
 @given(
-    batch=st.integers(1, 2), height=st.integers(1, 9), width=st.integers(1, 6), values=st.sampled_from([1, 3000, 20_000])
+    batch=st.integers(1, 2),
+    height=st.integers(1, 9),
+    width=st.integers(1, 6),
+    values=st.sampled_from([1, 3000, 20_000]),
 )
 def test_bands_of_any_height_give_the_whole_map_within_1e_6(
     tiny: ImageVAE, batch: int, height: int, width: int, values: int
@@ -157,42 +170,22 @@ def test_strided_inputs_give_the_same_result(tiny: ImageVAE) -> None:
 
 def test_zeroing_any_one_tensor_that_a_single_frame_meets_changes_the_output(tmp_path: Path) -> None:
     model = _random_model(**TINY | {"base_dim": 4})
-    pixels, latents = _pixels(1, 3, 8, 8), _noise(1, 16, 1, 2, 2)
-
     component = _component(tmp_path, model)
-    checkpoint = component.checkpoint
-    read = checkpoint.read
+    inputs = {"encoder": _pixels(1, 3, 8, 8), "decoder": _noise(1, 16, 1, 2, 2)}
 
-    def run(zeroed: str = "") -> tuple[torch.Tensor, torch.Tensor]:
-        def read_one(name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-            tensor = read(name, dtype)
-            return tensor.zero_() if name == zeroed else tensor
+    def run(half: str, zeroed: str = "") -> torch.Tensor:
+        def read(name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+            tensor = model.state_dict()[name]
+            return torch.zeros_like(tensor) if name == zeroed else tensor.to(dtype or tensor.dtype)
 
-        with mock.patch.object(checkpoint, "read", read_one):
-            vae = ImageVAE.load(component, device="cpu", dtype=torch.float32)
-        return vae.encode(pixels), vae.decode(latents)
+        with mock.patch.object(component.checkpoint, "read", read):
+            vae = ImageVAE.load(component, device="cpu", dtype=torch.float32, parts=(half,))
+        return vae.encode(inputs[half]) if half == "encoder" else vae.decode(inputs[half])
 
-    before = run()
+    before = {half: run(half) for half in inputs}
     for name in model.state_dict():
-        after = run(name)
-        encoder = name.startswith(("encoder", "quant_conv"))
-        changed = not torch.equal(before[0], after[0]), not torch.equal(before[1], after[1])
-        unused = "time_conv" in name
-        assert changed == (encoder and not unused, not encoder and not unused), name
-
-
-def test_bfloat16_is_at_most_twice_as_far_from_float32_as_diffusers_in_bfloat16(tmp_path: Path) -> None:
-    model = _model("tiny")
-    vae = ImageVAE.load(_component(tmp_path, model), device="cpu", dtype=torch.bfloat16)
-    rounded = _random_model(**TINY).bfloat16()
-    pixels, latents = _pixels(1, 3, 64, 48), _noise(1, 16, 1, 16, 12)
-    mean, std = _scales(model)
-    theirs = rounded.decode((latents * std + mean).bfloat16()).sample[:, :, 0].float()
-    expected = _decoded(model, latents)
-    assert (vae.decode(latents) - expected).square().mean() <= 4 * (theirs - expected).square().mean()
-    theirs = (rounded.encode(pixels.unsqueeze(2).bfloat16()).latent_dist.mode().float() - mean) / std
-    expected = _encoded(model, pixels)
-    assert (vae.encode(pixels) - expected).square().mean() <= 4 * (theirs - expected).square().mean()
+        half = "encoder" if name.startswith(("encoder", "quant_conv")) else "decoder"
+        assert torch.equal(run(half, name), before[half]) == ("time_conv" in name), name
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -213,7 +206,7 @@ def test_the_tensor_list_is_exactly_that_of_diffusers() -> None:
 
 
 def test_of_the_real_vae_only_44_599_603_parameters_are_kept() -> None:
-    shapes = expected_shapes(VaeConfig.parse(dict(AutoencoderKLQwenImage.load_config({})) | _real_config()))
+    shapes = expected_shapes(VaeConfig.parse(_real_config()))
     assert sum(torch.Size(shape).numel() for shape in shapes.values()) == 126_892_531
     kept = {name: shape for name, shape in shapes.items() if "time_conv" not in name}
     flat = ((*shape[:2], *shape[3:]) if len(shape) == 5 else shape for shape in kept.values())
@@ -282,13 +275,15 @@ def test_shapes_that_do_not_fit_are_refused(tiny: ImageVAE) -> None:
             tiny.decode(latents)
 
 
-def test_the_rgb_projection_is_the_least_squares_fit_and_made_once(tiny: ImageVAE) -> None:
-    projection = tiny.rgb_projection()
-    assert projection.shape == (17, 3)
+def test_the_rgb_projection_finds_an_affine_map_and_is_made_once(tiny: ImageVAE) -> None:
+    true = _noise(17, 3)
+
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        pixels = torch.einsum("bchw,cr->brhw", latents[:, :, 0], true[:-1]) + true[-1].view(1, 3, 1, 1)
+        return pixels.repeat_interleave(4, 2).repeat_interleave(4, 3)
+
+    with mock.patch.object(tiny, "decode", decode):
+        projection = tiny.rgb_projection()
     assert projection.dtype == torch.float32
+    torch.testing.assert_close(projection, true, atol=1e-5, rtol=0)
     assert tiny.rgb_projection() is projection
-    flat = _noise(1, 16, 1, 1, 1).expand(1, 16, 1, 6, 6)
-    guess = flat[0, :, 0, 0, 0] @ projection[:-1] + projection[-1]
-    worst = tiny.decode(flat)[0].mean((1, 2)) - guess
-    plain = tiny.decode(flat)[0].mean((1, 2)) - projection[-1]
-    assert worst.abs().mean() < plain.abs().mean()
