@@ -45,7 +45,9 @@ class Muon(torch.optim.Optimizer):
             for param in group["params"]:
                 if param.grad is not None:
                     shapes.setdefault(param.flatten(1).shape, []).append(param)
-            order = sorted(shapes.values(), key=lambda params: -sum(p.numel() * min(p.flatten(1).shape) for p in params))
+            order = sorted(
+                shapes.values(), key=lambda params: -sum(p.numel() * min(p.flatten(1).shape) for p in params)
+            )
             for _ in self.pool.map(lambda params, lr=group["lr"]: self._update(params, lr), order):
                 pass
 

@@ -12,7 +12,6 @@ import math
 import random
 import time
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -106,9 +105,7 @@ class Conditioner:
         picture = words.PICTURE.format(1).replace("<|image_pad|>", "<|image_pad|>" * vision_tokens)
         return self.tokenizer(words.EDIT_TEMPLATE.format(picture + prompt))["input_ids"]
 
-    def __call__(
-        self, prompts: list[str], pictures: list[Picture]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, prompts: list[str], pictures: list[Picture]) -> tuple[torch.Tensor, torch.Tensor]:
         """Encodes a batch.
 
         Returns:
@@ -149,9 +146,7 @@ def tail_of(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return hidden.gather(1, ends[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
-def train(
-    pool: torch.Tensor, tokenizer: Qwen2TokenizerFast, folder: Path, seed: int
-) -> Qwen2_5_VLForConditionalGeneration:
+def train(pool: torch.Tensor, tokenizer: Qwen2TokenizerFast, seed: int) -> Qwen2_5_VLForConditionalGeneration:
     """Trains encoder and probe, logs the probe's accuracy on the held-out phrases, returns the frozen encoder."""
     model = build(tokenizer, seed)
     probe = nn.Linear(HIDDEN, len(wordings.NAMES))
@@ -179,7 +174,6 @@ def train(
     both.load_state_dict(trainer.averaged())
     model.eval().requires_grad_(False)
     log.info("text: held-out phrases read by the probe %.1f %%", 100 * probe_accuracy(encode, probe, shots))
-    torch.save(model.state_dict(), folder / "text.pt")
     return model
 
 

@@ -33,7 +33,11 @@ class Prompts:
     def __init__(
         self, model: Qwen2_5_VLForConditionalGeneration, tokenizer: Qwen2TokenizerFast, pool: torch.Tensor, seed: int
     ) -> None:
-        encode, shots, rng = text.Conditioner(model, tokenizer), text.thumbnails(pool, 150, seed + 1), random.Random(seed)
+        encode, shots, rng = (
+            text.Conditioner(model, tokenizer),
+            text.thumbnails(pool, 150, seed + 1),
+            random.Random(seed),
+        )
         self.rows: list[list[torch.Tensor]] = []
         with torch.no_grad():
             for name in wordings.NAMES:
