@@ -1,8 +1,8 @@
 """Results out: pictures and latents with the record of how they were made, and that record back.
 
 A PNG carries three text chunks: ``parameters`` in the spelling of the AUTOMATIC1111 web UI, which most tools read;
-``qengine``, the whole record as JSON; and an XMP packet with IPTC's digital source type. JPEG and WebP carry the first in
-EXIF's UserComment and the other two in XMP. Latents carry the JSON in the safetensors header.
+``qengine``, the whole record as JSON; and an XMP packet with IPTC's digital source type. JPEG and WebP carry the first
+in EXIF's UserComment and the other two in XMP. Latents carry the JSON in the safetensors header.
 """
 
 from __future__ import annotations

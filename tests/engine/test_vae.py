@@ -171,11 +171,12 @@ def test_strided_inputs_give_the_same_result(tiny: ImageVAE) -> None:
 def test_zeroing_any_one_tensor_that_a_single_frame_meets_changes_the_output(tmp_path: Path) -> None:
     model = _random_model(**TINY | {"base_dim": 4})
     component = _component(tmp_path, model)
+    tensors = model.state_dict()
     inputs = {"encoder": _pixels(1, 3, 8, 8), "decoder": _noise(1, 16, 1, 2, 2)}
 
     def run(half: str, zeroed: str = "") -> torch.Tensor:
         def read(name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-            tensor = model.state_dict()[name]
+            tensor = tensors[name]
             return torch.zeros_like(tensor) if name == zeroed else tensor.to(dtype or tensor.dtype)
 
         with mock.patch.object(component.checkpoint, "read", read):
@@ -183,7 +184,7 @@ def test_zeroing_any_one_tensor_that_a_single_frame_meets_changes_the_output(tmp
         return vae.encode(inputs[half]) if half == "encoder" else vae.decode(inputs[half])
 
     before = {half: run(half) for half in inputs}
-    for name in model.state_dict():
+    for name in tensors:
         half = "encoder" if name.startswith(("encoder", "quant_conv")) else "decoder"
         assert torch.equal(run(half, name), before[half]) == ("time_conv" in name), name
 
