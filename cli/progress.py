@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from typing import Any, Protocol, TextIO
 
@@ -27,6 +28,9 @@ class Display(Protocol):
     def amount(self, done: int, text: str) -> None:
         """``done`` bytes of the phase are done; ``text`` says it in words."""
 
+    def reading(self, text: str) -> None:
+        """Weights are being read inside the phase; may be called from another thread."""
+
     def end(self, text: str) -> None:
         """The phase is over; ``text`` says what it took."""
 
@@ -47,6 +51,9 @@ class SilentDisplay:
         """Nothing."""
 
     def amount(self, done: int, text: str) -> None:
+        """Nothing."""
+
+    def reading(self, text: str) -> None:
         """Nothing."""
 
     def end(self, text: str) -> None:
@@ -80,6 +87,10 @@ class PlainDisplay(SilentDisplay):
         """``pull     1.2 GiB of 40.9 GiB  transformer/...``."""
         self.line(f"{self._phase:<{PHASE_WIDTH}} {text}")
 
+    def reading(self, text: str) -> None:
+        """``encode   1.2 GiB read``."""
+        self.line(f"{self._phase:<{PHASE_WIDTH}} {text}")
+
     def end(self, text: str) -> None:
         """``decode   0.31 s``."""
         self.line(f"{self._phase:<{PHASE_WIDTH}} {text}")
@@ -103,6 +114,7 @@ class LiveDisplay:
         self._bar = Progress(*columns, console=self._console, transient=True)
         self._task: Any = None
         self._phase = ""
+        self._changing = threading.Lock()
 
     def line(self, text: str) -> None:
         """Write a whole line above the bar."""
@@ -123,6 +135,12 @@ class LiveDisplay:
         """Move the bar."""
         self.step(done, text)
 
+    def reading(self, text: str) -> None:
+        """Put the words beside the bar."""
+        with self._changing:
+            if self._task is not None:
+                self._bar.update(self._task, words=text)
+
     def end(self, text: str) -> None:
         """Replace the bar by a line."""
         self._drop()
@@ -134,9 +152,10 @@ class LiveDisplay:
         self._bar.stop()
 
     def _drop(self) -> None:
-        if self._task is not None:
-            self._bar.remove_task(self._task)
-            self._task = None
+        with self._changing:
+            if self._task is not None:
+                self._bar.remove_task(self._task)
+                self._task = None
 
 
 def make_display(*, quiet: bool) -> Display:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
 from . import backend
+from .meter import ReadMeter
 from .order import Order, check_files
 from .outputs import Target, check_preview_folder, choose
 from .progress import StepClock, Talk, memory_words
@@ -84,7 +85,8 @@ def _open(order: Order, talk: Talk) -> Engine:
 
 def _run_one(engine: Engine, order: Order, item: Item, talk: Talk) -> dict[str, Any]:
     start = time.perf_counter()
-    decoded = _watch(engine, order, item, talk)
+    with ReadMeter(talk.display, lambda: engine.bytes_read):
+        decoded = _watch(engine, order, item, talk)
     metadata = _record(decoded.metadata, order)
     written = metadata if order.metadata else None
     if item.target.picture is not None:

@@ -85,6 +85,12 @@ class Engine:
         return self._components.dtype
 
     @property
+    def bytes_read(self) -> int:
+        """Bytes of weights read from files since the engine was opened; grows while a phase loads."""
+        parts = (self.source.transformer, self.source.vae, self.source.text_encoder)
+        return sum(part.checkpoint.bytes_read for part in parts)
+
+    @property
     def defaults(self) -> Defaults:
         """What the model does when a request leaves a field open."""
         return DEFAULTS[self.source.defaults]

@@ -65,6 +65,7 @@ class Checkpoint:
         self.metadata = MappingProxyType(dict(metadata))
         self.paths = tuple(paths)
         self.dropped = frozenset(dropped)
+        self.bytes_read = 0
 
     @classmethod
     def open(cls, paths: Sequence[Path], rename: Callable[[str], str | None] | None = None) -> Checkpoint:
@@ -119,6 +120,15 @@ class Checkpoint:
                 file.seek(info.offset)
                 digest.update(file.read(min(SAMPLE_BYTES, info.nbytes)))
         return digest.hexdigest()
+
+    @cached_property
+    def identity(self) -> str:
+        """Key for caches of what is computed from the weights: the fingerprint, and path, size and time of every file.
+
+        The fingerprint samples the data; a file rewritten in place with other values elsewhere differs here.
+        """
+        files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths]
+        return hashlib.sha256(json.dumps([self.fingerprint, files]).encode()).hexdigest()
 
     def require(self, expected: Mapping[str, tuple[int, ...]], subject: str, ignore: Collection[str] = ()) -> None:
         """Check that exactly the expected tensors are there, in the expected shapes.
@@ -186,9 +196,12 @@ class Checkpoint:
                 )
             whole = target.is_contiguous() and target.device.type == "cpu" and target.dtype == stored_dtype(info)
             (direct if whole else staged).append((info, target))
-        _fill(direct)
+        for group in _groups(direct):
+            _fill(group)
+            self.bytes_read += sum(info.nbytes for info, _ in group)
         for group in _groups(staged):
             _fill_staged(group)
+            self.bytes_read += sum(info.nbytes for info, _ in group)
 
     def rows(self, name: str, indices: torch.Tensor) -> torch.Tensor:
         """Rows of a stored matrix, gathered from the file: [rows, columns] and [...] -> [..., columns].
@@ -210,6 +223,7 @@ class Checkpoint:
         data = as_bytes(unique).view(wanted.numel(), row_bytes)
         ranges = [(info.offset + row * row_bytes, data[place]) for place, row in enumerate(wanted.tolist())]
         _read(info.path, ranges)
+        self.bytes_read += data.nbytes
         return unique[back]
 
     def info(self, name: str) -> TensorInfo:

@@ -139,7 +139,7 @@ class QwenImageTransformer:
             ends = _Ends(config)
         ends = ends.to(dtype).to_empty(device="cpu").requires_grad_(False)
         checkpoint.read_into(list(ends.named_parameters()))
-        rows = ModulationRows(checkpoint, config.num_layers, checkpoint.fingerprint, device=device, cache=cache)
+        rows = ModulationRows(checkpoint, config.num_layers, checkpoint.identity, device=device, cache=cache)
         return cls(config, blocks, ends.to(device), rows)
 
     @property

@@ -83,7 +83,7 @@ class ModulationRows:
     Args:
         checkpoint: the transformer's tensors.
         num_layers: number of blocks.
-        fingerprint: identity of the weights; part of the cache key.
+        identity: identity of the weights; part of the cache key.
         device: where the products are computed; its kind is part of the key, since float32 sums differ between kinds.
         cache: folder of cached rows, or None to keep none.
     """
@@ -92,7 +92,7 @@ class ModulationRows:
         self,
         checkpoint: TensorSource,
         num_layers: int,
-        fingerprint: str,
+        identity: str,
         *,
         device: torch.device,
         cache: Path | None,
@@ -100,7 +100,7 @@ class ModulationRows:
         self._checkpoint = checkpoint
         self._num_layers = num_layers
         self._device = device
-        key = hashlib.sha256(f"{fingerprint}|{device.type}|{VERSION}".encode()).hexdigest()[:32]
+        key = hashlib.sha256(f"{identity}|{device.type}|{VERSION}".encode()).hexdigest()[:32]
         self._folder = None if cache is None else cache / "modulation" / key
         self._rows: dict[float, dict[str, torch.Tensor]] = {}
 

@@ -95,7 +95,7 @@ class PromptEncoder:
             "dtype": str(self._dtype),
             "processor": dict(self._source.processor_config),
             "tokenizer": self._tokenizer_digest(),
-            "weights": component.checkpoint.fingerprint,
+            "weights": component.checkpoint.identity,
             "weight_format": "as stored",
         }
 

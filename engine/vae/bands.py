@@ -1,9 +1,9 @@
 """Convolutions over a map that arrives in bands of rows, from top to bottom.
 
 Every stage takes the next rows of its input and returns the rows of its output that are now complete. What a 3x3
-convolution still needs of the rows it has seen (the last two) it keeps, so nothing is computed twice, zeros are padded
-at the true border of the image only, and the result equals the whole map's within float rounding. Memory is one band and a
-few rows per layer, however tall the image is.
+convolution still needs of the rows it has seen (the last two) it keeps. So nothing is computed twice, only the true
+border of the image is padded with zeros, and the result equals the whole map's within float rounding. Memory is one
+band and a few rows per layer, however tall the image is.
 """
 
 from __future__ import annotations

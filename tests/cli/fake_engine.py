@@ -57,6 +57,7 @@ class FakeEngine:
         self.opened: list[dict[str, Any]] = []
         self.requests: list[Any] = []
         self.cancelled = self.closed = False
+        self.bytes_read = 0
         self.error: BaseException | None = None
 
     def open(self, **choice: Any) -> FakeEngine:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 
 import pytest
+from qengine.cli.meter import ReadMeter
 from qengine.cli.outputs import Wish, choose
 from qengine.cli.progress import LiveDisplay, PlainDisplay, Talk, make_display
 from qengine.cli.words import bytes_text, seconds_text, table
@@ -63,3 +64,25 @@ def test_numbers_are_written_for_people() -> None:
 def test_an_empty_output_name_is_refused() -> None:
     with pytest.raises(RequestError, match="output must be a file or a folder"):
         choose(Wish(" ", None, "images", "x"), [0])
+
+
+def test_bytes_read_inside_a_phase_are_said_when_they_grow() -> None:
+    screen = io.StringIO()
+    display, read = PlainDisplay(screen), [0]
+    display.start("encode")
+    with ReadMeter(display, lambda: read[0]) as meter:
+        meter.look()
+        read[0] = 3 << 30
+        meter.look()
+        meter.look()
+    assert screen.getvalue() == "encode   3.0 GiB read\n"
+
+
+def test_bytes_read_after_a_phase_ended_do_not_break_the_bar() -> None:
+    display = LiveDisplay(Terminal())
+    display.reading("1 GiB read")
+    display.start("encode")
+    display.reading("1 GiB read")
+    display.end("done")
+    display.reading("2 GiB read")
+    display.close()

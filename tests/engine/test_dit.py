@@ -130,7 +130,7 @@ class _Zeroed:
 
     def __init__(self, checkpoint: Checkpoint, name: str) -> None:
         self._checkpoint, self._name = checkpoint, name
-        self.fingerprint = checkpoint.fingerprint + name
+        self.identity = checkpoint.identity + name
 
     def require(self, *args, **kwargs) -> None:
         self._checkpoint.require(*args, **kwargs)
@@ -226,7 +226,7 @@ def test_modulation_rows_come_from_the_cache_the_second_time(tmp_path: Path) -> 
     layers = ours("edit-2511").config.num_layers
 
     def rows(source: _Counting) -> ModulationRows:
-        return ModulationRows(source, layers, checkpoint.fingerprint, device=CPU, cache=tmp_path)
+        return ModulationRows(source, layers, checkpoint.identity, device=CPU, cache=tmp_path)
 
     first, second, third = (_Counting(checkpoint) for _ in range(3))
     made = rows(first).table([0.5, 0.0], dtype=torch.float32)
