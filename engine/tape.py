@@ -8,14 +8,13 @@ slab lies (device, host, file) is the tape's affair alone, so the block never kn
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import nn
 
-TENSOR_ALIGNMENT_BYTES = 256
-SLAB_ALIGNMENT_BYTES = 4096
+from ..loaders.checkpoint import TORCH_NAMES
+from .layout import SLAB_ALIGNMENT_BYTES, SlabLayout
 
 Block = TypeVar("Block", bound=nn.Module)
 
@@ -26,10 +25,6 @@ class TensorReader(Protocol):
     def read_into(self, items: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Fill every tensor with the stored one of that name, cast to the tensor's dtype."""
         ...
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
 
 
 def aligned_bytes(nbytes: int, device: torch.device) -> torch.Tensor:
@@ -46,40 +41,10 @@ def aligned_bytes(nbytes: int, device: torch.device) -> torch.Tensor:
     return raw[start : start + nbytes]
 
 
-@dataclass(frozen=True)
-class Field:
-    """One tensor of a slab: its place in bytes from the slab's start."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    offset_bytes: int
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class SlabLayout:
-    """Where each tensor of a block lies inside its slab; every tensor starts at a 256-byte boundary."""
-
-    fields: tuple[Field, ...]
-    nbytes: int
-
-    @classmethod
-    def of(cls, specs: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> SlabLayout:
-        """Lay the tensors out in the order given; the slab's size is a multiple of 4096 bytes."""
-        fields, offset = [], 0
-        for name, (shape, dtype) in specs.items():
-            nbytes = dtype.itemsize * torch.Size(shape).numel()
-            fields.append(Field(name, tuple(shape), dtype, offset, nbytes))
-            offset = _round_up(offset + nbytes, TENSOR_ALIGNMENT_BYTES)
-        return cls(tuple(fields), _round_up(offset, SLAB_ALIGNMENT_BYTES))
-
-    def views(self, slab: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Typed views of the slab's bytes, one per field; nothing is copied."""
-        return {
-            field.name: slab[field.offset_bytes : field.offset_bytes + field.nbytes].view(field.dtype).view(field.shape)
-            for field in self.fields
-        }
+def dtype_name(dtype: torch.dtype) -> str:
+    """Safetensors name of a torch dtype."""
+    short = str(dtype).removeprefix("torch.")
+    return next(name for name, known in TORCH_NAMES.items() if known == short)
 
 
 class Template(Generic[Block]):
@@ -147,8 +112,9 @@ class Tape:
             device: where the slabs stay.
             skip: names that block ``i`` does not need; they take no space.
         """
+        plain = dtype_name(dtype)
         layouts = [
-            SlabLayout.of({name: (shape, dtype) for name, shape in template.shapes.items() if name not in set(skip(i))})
+            SlabLayout.of({name: (shape, plain) for name, shape in template.shapes.items() if name not in set(skip(i))})
             for i in range(len(prefixes))
         ]
         tape = cls(layouts, aligned_bytes(sum(layout.nbytes for layout in layouts), device))

@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from qengine.engine.tape import SlabLayout, Tape, Template, aligned_bytes
+from qengine.engine.layout import SlabLayout
+from qengine.engine.tape import Tape, Template, aligned_bytes
 from torch import nn
 
 CPU = torch.device("cpu")
-DTYPES = [torch.float32, torch.bfloat16, torch.int8, torch.uint8]
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn}
 SPECS = st.dictionaries(
     st.text("abc.", min_size=1, max_size=6),
-    st.tuples(st.lists(st.integers(0, 9), max_size=3).map(tuple), st.sampled_from(DTYPES)),
+    st.tuples(st.lists(st.integers(0, 9), max_size=3).map(tuple), st.sampled_from(sorted(DTYPES))),
     min_size=1,
     max_size=8,
 )
@@ -37,7 +38,7 @@ def test_views_are_the_slabs_bytes(specs) -> None:
     slab.zero_()
     for field in layout.fields:
         view = layout.views(slab)[field.name]
-        assert view.shape == torch.Size(field.shape) and view.dtype == field.dtype
+        assert view.shape == torch.Size(field.shape) and view.dtype == DTYPES[field.dtype]
         assert field.nbytes == 0 or view.data_ptr() == slab.data_ptr() + field.offset_bytes
 
 
