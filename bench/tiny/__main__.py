@@ -14,42 +14,52 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from . import export, latents, pictures, text, tokenizer, train_dit, train_vae
 from .say import say
 
 PICTURES = 700
+Tensors = dict[str, torch.Tensor]
 MODEL = Path(__file__).resolve().parents[2] / "loaders" / "tiny"
 
 
-def kept(path: Path, make: Callable[[], object], seconds: dict[str, float]) -> object:
-    """What the file holds, or what `make` makes; the CPU seconds of making are noted."""
+def kept(path: Path, make: Callable[[], Tensors], seconds: dict[str, float]) -> Tensors:
+    """The tensors that the file holds, or those that `make` makes; the CPU seconds of making are noted."""
     if path.exists():
-        return torch.load(path)
+        return load_file(path)
     started = time.process_time()
     value = make()
-    torch.save(value, path)
+    save_file({name: tensor.contiguous() for name, tensor in value.items()}, path)
     seconds[path.stem] = round(time.process_time() - started, 1)
     say(f"{path.stem}: {seconds[path.stem]:.0f} s of CPU")
     return value
+
+
+def untied(model: torch.nn.Module) -> Tensors:
+    """The state without the head, which shares the embedding's memory."""
+    return {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
 
 
 def retrain(work: Path, out: Path, seed: int) -> None:
     """All stages, then the export."""
     work.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}
-    pool = kept(work / "pictures.pt", lambda: pictures.paint(PICTURES, seed), seconds)
-    vae = kept(work / "vae_final.pt", lambda: train_vae.train(pool, work, seed), seconds)
+    painted = kept(work / "pictures.safetensors", lambda: {"pictures": pictures.paint(PICTURES, seed)}, seconds)
+    pool = painted["pictures"]
+    vae = kept(work / "vae.safetensors", lambda: train_vae.train(pool, work, seed), seconds)
     words = tokenizer.save(work / "tokenizer", seed)
     encoder = text.build(words, seed)
-    encoder.load_state_dict(kept(work / "text.pt", lambda: text.train(pool, words, seed).state_dict(), seconds))
+    taught = kept(work / "text.safetensors", lambda: untied(text.train(pool, words, seed)), seconds)
+    encoder.load_state_dict(taught, strict=False)
+    encoder.tie_weights()
     encoder.eval().requires_grad_(False)
 
     def transformer() -> dict[str, torch.Tensor]:
         store = latents.Store(vae, pool, train_dit.ENTRIES, seed)
         return train_dit.train(store, train_dit.Prompts(encoder, words, pool, seed), work, seed)
 
-    dit = kept(work / "dit_final.pt", transformer, seconds)
+    dit = kept(work / "dit.safetensors", transformer, seconds)
     size_bytes = export.write(out, vae, encoder, words, dit)
     say(json.dumps({"cpu_seconds": seconds, "size_bytes": size_bytes, "seed": seed, "torch": torch.__version__}))
 

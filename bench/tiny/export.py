@@ -11,7 +11,7 @@ from pathlib import Path
 import diffusers
 import torch
 from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
-from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2TokenizerFast
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from . import dit, text, vae
 
@@ -45,6 +45,7 @@ PROCESSOR = {
 }
 INDEX = {
     "_class_name": "QwenImageEditPlusPipeline",
+    "_qengine_defaults": "tiny",
     "processor": ["transformers", "Qwen2VLProcessor"],
     "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
     "text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"],
@@ -81,7 +82,7 @@ def write(
     folder: Path,
     vae_weights: dict[str, torch.Tensor],
     encoder: Qwen2_5_VLForConditionalGeneration,
-    tokenizer: Qwen2TokenizerFast,
+    tokenizer: Qwen2Tokenizer,
     dit_weights: dict[str, torch.Tensor],
 ) -> int:
     """Writes the folder; returns its size in bytes."""

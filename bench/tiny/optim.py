@@ -11,9 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 MOMENTUM = 0.95
@@ -125,19 +128,32 @@ class Trainer:
         """The module's state with the averaged weights."""
         return {**self.module.state_dict(), **self.average}
 
-    def state(self) -> dict[str, Any]:
-        """Everything a resumed run needs."""
-        return {
-            "module": self.module.state_dict(),
-            "average": self.average,
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "done": self.done,
-        }
+    def save(self, path: Path) -> None:
+        """Writes everything that a resumed run needs, as safetensors; replaces the file at once."""
+        tensors = {f"module.{name}": value for name, value in self.module.state_dict().items()}
+        tensors |= {f"average.{name}": value for name, value in self.average.items()}
+        for index, optimizer in enumerate(self.optimizers):
+            for place, values in optimizer.state_dict()["state"].items():
+                tensors |= {f"state.{index}.{place}.{name}": torch.as_tensor(value) for name, value in values.items()}
+        tensors = {name: value.detach().clone().contiguous() for name, value in tensors.items()}
+        new = path.with_suffix(".new")
+        save_file(tensors, new, metadata={"done": str(self.done)})
+        new.replace(path)
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Takes a state up again; the schedule goes on where it stood."""
-        self.module.load_state_dict(state["module"])
-        self.average = state["average"]
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.done = state["done"]
+    def load(self, path: Path) -> None:
+        """Takes a saved state up again; the schedule goes on where it stood."""
+        with safe_open(path, "pt") as file:
+            self.done = int(file.metadata()["done"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        self.module.load_state_dict(_part(tensors, "module."))
+        self.average = _part(tensors, "average.")
+        for index, optimizer in enumerate(self.optimizers):
+            saved: dict[int, dict[str, torch.Tensor]] = {}
+            for name, value in _part(tensors, f"state.{index}.").items():
+                place, _, key = name.partition(".")
+                saved.setdefault(int(place), {})[key] = value
+            optimizer.load_state_dict({"state": saved, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

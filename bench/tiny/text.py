@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2TokenizerFast, Qwen2VLImageProcessor
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from . import tokenizer as words
 from . import wordings
@@ -32,14 +33,14 @@ log = logging.getLogger(__name__)
 Picture = tuple[torch.Tensor, torch.Tensor]
 
 
-def image_processor() -> Qwen2VLImageProcessor:
+def image_processor() -> Qwen2VLImageProcessorPil:
     """Bounds the condition picture to 3600 pixels: at most four vision tokens."""
-    return Qwen2VLImageProcessor(
+    return Qwen2VLImageProcessorPil(
         min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS, patch_size=14, temporal_patch_size=2, merge_size=2
     )
 
 
-def build(tokenizer: Qwen2TokenizerFast, seed: int) -> Qwen2_5_VLForConditionalGeneration:
+def build(tokenizer: Qwen2Tokenizer, seed: int) -> Qwen2_5_VLForConditionalGeneration:
     """A fresh encoder: 2 layers of width 96 over a 2-layer vision tower of width 64."""
     torch.manual_seed(seed)
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in
@@ -86,7 +87,7 @@ def condition_size(width: int, height: int) -> tuple[int, int]:
     return round(wide / 32) * 32, round(wide * height / width / 32) * 32
 
 
-def condition_pixels(image: Image.Image, processor: Qwen2VLImageProcessor) -> tuple[torch.Tensor, torch.Tensor]:
+def condition_pixels(image: Image.Image, processor: Qwen2VLImageProcessorPil) -> tuple[torch.Tensor, torch.Tensor]:
     """Patches [patches, 1176] and grid [1, 3] of the condition picture, resized as the pipelines do."""
     resized = image.convert("RGB").resize(condition_size(*image.size), Image.Resampling.LANCZOS)
     out = processor(images=[resized], return_tensors="pt")
@@ -96,7 +97,7 @@ def condition_pixels(image: Image.Image, processor: Qwen2VLImageProcessor) -> tu
 class Conditioner:
     """Prompt and picture -> embeddings, exactly as the edit pipeline makes them."""
 
-    def __init__(self, model: Qwen2_5_VLForConditionalGeneration, tokenizer: Qwen2TokenizerFast) -> None:
+    def __init__(self, model: Qwen2_5_VLForConditionalGeneration, tokenizer: Qwen2Tokenizer) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.image_token = int(model.config.image_token_id)
 
@@ -146,7 +147,7 @@ def tail_of(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return hidden.gather(1, ends[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
-def train(pool: torch.Tensor, tokenizer: Qwen2TokenizerFast, seed: int) -> Qwen2_5_VLForConditionalGeneration:
+def train(pool: torch.Tensor, tokenizer: Qwen2Tokenizer, seed: int) -> Qwen2_5_VLForConditionalGeneration:
     """Trains encoder and probe, logs the probe's accuracy on the held-out phrases, returns the frozen encoder."""
     model = build(tokenizer, seed)
     probe = nn.Linear(HIDDEN, len(wordings.NAMES))

@@ -11,7 +11,7 @@ import random
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import Qwen2TokenizerFast
+from transformers import Qwen2Tokenizer
 
 from . import wordings
 
@@ -71,13 +71,13 @@ def train(seed: int) -> Tokenizer:
     return tokenizer
 
 
-def save(folder: Path, seed: int) -> Qwen2TokenizerFast:
+def save(folder: Path, seed: int) -> Qwen2Tokenizer:
     """Trains and writes a `save_pretrained` folder, then checks the two prefixes.
 
     Raises:
         ValueError: A template's prefix does not hold exactly the number of tokens that pipelines cut off.
     """
-    fast = Qwen2TokenizerFast(
+    fast = Qwen2Tokenizer(
         tokenizer_object=train(seed),
         bos_token=None,
         eos_token="<|im_end|>",
@@ -97,6 +97,6 @@ def save(folder: Path, seed: int) -> Qwen2TokenizerFast:
     return fast
 
 
-def load(folder: Path) -> Qwen2TokenizerFast:
+def load(folder: Path) -> Qwen2Tokenizer:
     """The saved tokenizer."""
-    return Qwen2TokenizerFast.from_pretrained(folder)
+    return Qwen2Tokenizer.from_pretrained(folder)

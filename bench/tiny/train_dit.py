@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from diffusers import QwenImageTransformer2DModel
-from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2TokenizerFast
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from . import dit, text, wordings
 from .forward import velocity
@@ -31,7 +31,7 @@ class Prompts:
     """Embeddings of many training wordings of each edit, each with some random condition picture."""
 
     def __init__(
-        self, model: Qwen2_5_VLForConditionalGeneration, tokenizer: Qwen2TokenizerFast, pool: torch.Tensor, seed: int
+        self, model: Qwen2_5_VLForConditionalGeneration, tokenizer: Qwen2Tokenizer, pool: torch.Tensor, seed: int
     ) -> None:
         encode, shots, rng = (
             text.Conditioner(model, tokenizer),
@@ -86,12 +86,12 @@ def area_at(step: int, steps: int, generator: torch.Generator) -> int:
 
 
 def train(store: Store, prompts: Prompts, folder: Path, seed: int, steps: int = STEPS) -> dict[str, torch.Tensor]:
-    """Trains, or goes on from `folder/dit.pt`; returns the averaged weights."""
+    """Trains, or goes on from `folder/dit-state.safetensors`; returns the averaged weights."""
     model = dit.build(seed)
     trainer = Trainer(model, RATE, steps, EMA, slow=("img_in", "txt_in", "proj_out", "time_text_embed", "norm_out"))
-    path = folder / "dit.pt"
+    path = folder / "dit-state.safetensors"
     if path.exists():
-        trainer.load(torch.load(path))
+        trainer.load(path)
     started, mean = time.process_time(), 0.0
     while trainer.done < steps:
         step = trainer.done
@@ -109,6 +109,5 @@ def train(store: Store, prompts: Prompts, folder: Path, seed: int, steps: int = 
         if step % 50 == 0:
             log.info("dit %d: loss %.4f, mean %.4f, %.0f s of CPU", step, loss, mean, time.process_time() - started)
         if trainer.done % 200 == 0 or trainer.done == steps:
-            torch.save(trainer.state(), path.with_suffix(".new"))
-            path.with_suffix(".new").replace(path)
+            trainer.save(path)
     return trainer.averaged()

@@ -49,7 +49,7 @@ def loss_of(vae: VAE, pixels: torch.Tensor, generator: torch.Generator) -> torch
 
 
 def train(pool: torch.Tensor, folder: Path, seed: int, steps: int = STEPS) -> dict[str, torch.Tensor]:
-    """Trains, or goes on from `folder/vae.pt`.
+    """Trains, or goes on from `folder/vae-state.safetensors`.
 
     Returns:
         The averaged weights in 2-D, and `latents_mean` and `latents_std` [16] over edited pictures.
@@ -59,9 +59,9 @@ def train(pool: torch.Tensor, folder: Path, seed: int, steps: int = STEPS) -> di
     for block in (vae.encoder.mid_block, vae.decoder.mid_block):
         torch.nn.init.zeros_(block.attentions[0].proj.weight)
     trainer = Trainer(vae, RATE, steps, EMA, slow=("conv_in", "decoder.conv_out"))
-    path = folder / "vae.pt"
+    path = folder / "vae-state.safetensors"
     if path.exists():
-        trainer.load(torch.load(path))
+        trainer.load(path)
     started = time.process_time()
     while trainer.done < steps:
         step = trainer.done
@@ -73,7 +73,7 @@ def train(pool: torch.Tensor, folder: Path, seed: int, steps: int = STEPS) -> di
         if step % 100 == 0:
             log.info("vae %d: loss %.4f, %.0f s of CPU", step, loss, time.process_time() - started)
         if trainer.done % 500 == 0 or trainer.done == steps:
-            torch.save(trainer.state(), path)
+            trainer.save(path)
     return finish(vae, trainer.averaged(), pool, seed)
 
 
