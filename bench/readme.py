@@ -57,7 +57,9 @@ def _tiny(results: Path) -> str:
         cells = " | ".join(f"{mean(size['psnr'][name]):.1f}" for size in sizes.values())
         rows.append(f"| {name} | {found['nearest_other_edit_psnr'][name]:.1f} | {cells} |")
     rows.append("| **mean** | | " + " | ".join(f"**{size['mean_psnr']:.1f}**" for size in sizes.values()) + " |")
-    rows.append("| asked edit nearest, % | | " + " | ".join(f"{s['nearest_percent']:.1f}" for s in sizes.values()) + " |")
+    rows.append(
+        "| asked edit nearest, % | | " + " | ".join(f"{s['nearest_percent']:.1f}" for s in sizes.values()) + " |"
+    )
     rows.append("| photos | | " + " | ".join(str(len(s["psnr"][names[0]])) for s in sizes.values()) + " |")
     held, swap = found["held_out"], found["exchange"]
     rows += [

@@ -47,7 +47,8 @@ def test_the_backend_example_serves_a_diffusers_style_caller(tmp_path: Path, mon
 
     pipe = scope["QEngineBackend"]()
     photo = Image.open(ROOT / "tests" / "photos" / "cat.jpg").resize((128, 128))
-    image = pipe(photo, "make it grayscale", num_inference_steps=3, callback_on_step_end=on_step, size=(64, 64)).images[0]
+    options = {"num_inference_steps": 3, "size": (64, 64)}
+    image = pipe(photo, "make it grayscale", callback_on_step_end=on_step, **options).images[0]
     assert image.size == (64, 64) and [index for index, _ in seen] == [0, 1, 2]
     pixels = np.asarray(image, dtype=int)
     assert np.abs(pixels.max(axis=2) - pixels.min(axis=2)).mean() < 12  # gray: the channels agree

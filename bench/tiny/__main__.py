@@ -1,7 +1,7 @@
 """Retrains the tiny model from a seed on a CPU: `python -m qengine.bench.tiny`.
 
-Each stage leaves its result in the work folder and is skipped when the result is there; a stage that was cut off goes on
-from its last checkpoint. The same seed, library versions and machine give the same weights unless a run was resumed.
+Each stage leaves its result in the work folder and is skipped when the result is there; a stage that was cut off goes
+on from its last checkpoint. The same seed, library versions and machine give the same weights unless a run was resumed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The image VAE, trained in two dimensions.
 
-For one frame every causal 3-D convolution of `AutoencoderKLQwenImage` sees zeros under two of its three temporal taps, so
-the last tap alone is a 2-D convolution. This module has the same names and is trained as such; `to_3d` puts the
+For one frame every causal 3-D convolution of `AutoencoderKLQwenImage` sees zeros under two of its three temporal taps,
+so the last tap alone is a 2-D convolution. This module has the same names and is trained as such; `to_3d` puts the
 weights into the 3-D shape. Two downsamplings only (4x, not 8x): with 16 channels an 8x latent does not hold a photo.
 """
 

@@ -1,9 +1,9 @@
 """The modulation table: every adaptive-norm row of a timestep, computed once.
 
-``img_mod``, ``txt_mod`` and ``norm_out`` of Qwen-Image are linear layers of ``SiLU(time embedding)``. They are one third
-of the weights and see nothing but the timestep, so their outputs for all steps of a run fit in a few megabytes. The rows
-are computed in float32 from the stored weights, one block at a time, and kept on disk per timestep; afterwards neither
-memory nor the weight stream ever holds those weights.
+``img_mod``, ``txt_mod`` and ``norm_out`` of Qwen-Image are linear layers of ``SiLU(time embedding)``. They are one
+third of the weights and see nothing but the timestep, so their outputs for all steps of a run fit in a few megabytes.
+The rows are computed in float32 from the stored weights, one block at a time, and kept on disk per timestep; afterwards
+neither memory nor the weight stream ever holds those weights.
 """
 
 from __future__ import annotations
