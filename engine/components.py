@@ -138,7 +138,7 @@ class Components:
         Returns:
             The conditioning, and whether it came from the cache.
         """
-        encoder = self._encoder or PromptEncoder.open(self.source, device=self.device, dtype=self.dtype)
+        encoder = self._encoder or PromptEncoder(self.source, self.device, self.dtype)
         prompts = [prompt] if negative is None else [prompt, negative]
         key = encoder.key(prompts, pictures, template)
         known = self._conditioning.get(key)

@@ -7,6 +7,7 @@ is bound, each with its own text length, so no padding and no mask exist.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ from torch import nn
 
 from ...errors import CheckpointError
 from ...loaders import Component
-from ..tape import Tape, Template
+from ..mover import Tape
+from ..stack import BlockStack, Hold, open_tape
+from ..stack.pack import Progress
+from ..template import Template
 from .block import DEAD_IN_LAST_BLOCK, EPS, DoubleStreamBlock, Rotations
 from .modulation import ModulationRows, ModulationTable
 from .rope import Grid, image_rotations, text_rotations
@@ -90,27 +94,53 @@ class QwenImageTransformer:
 
     Args:
         config: geometry.
+        template: the block that runs over the tape.
         blocks: the tape of blocks.
         ends: input and output layers.
         rows: source of modulation rows.
     """
 
-    def __init__(self, config: DiTConfig, blocks: Tape, ends: _Ends, rows: ModulationRows) -> None:
+    def __init__(
+        self,
+        config: DiTConfig,
+        template: Template[DoubleStreamBlock],
+        blocks: Tape,
+        ends: _Ends,
+        rows: ModulationRows,
+    ) -> None:
         self.config = config
-        self._blocks = blocks
+        self.blocks = blocks
+        self._template = template
         self._ends = ends
         self._rows = rows
-        self._template = self._make_template(config)
         self._parameter = ends.img_in.weight
 
     @staticmethod
-    def _make_template(config: DiTConfig) -> Template[DoubleStreamBlock]:
+    def stack(component: Component, weight_format: str, dtype: torch.dtype) -> BlockStack[DoubleStreamBlock]:
+        """The blocks of a checkpoint in a weight format, without modulation and what the last block does not need."""
+        config = DiTConfig.from_dict(component.config)
         with torch.device("meta"):
-            return Template(DoubleStreamBlock(config.dim, config.num_attention_heads))
+            block = DoubleStreamBlock(config.dim, config.num_attention_heads)
+        return BlockStack(
+            component.checkpoint,
+            "transformer_blocks.",
+            config.num_layers,
+            block,
+            weight_format=weight_format,
+            dtype=dtype,
+            dead=DEAD_IN_LAST_BLOCK,
+        )
 
     @classmethod
     def load(
-        cls, component: Component, *, device: torch.device, dtype: torch.dtype, cache: Path | None
+        cls,
+        component: Component,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        cache: Path | None,
+        hold: Hold | None = None,
+        progress: Progress = lambda done, total: None,
     ) -> QwenImageTransformer:
         """Read the weights that a step needs: blocks without modulation, and the ends.
 
@@ -118,34 +148,33 @@ class QwenImageTransformer:
             component: config and checkpoint of the transformer, already checked against each other.
             device: where the slabs and the ends stay.
             dtype: compute dtype.
-            cache: folder of cached modulation rows, or None.
+            cache: folder of cached modulation rows and packed files, or None.
+            hold: format and place of the blocks; None keeps them as stored on the device.
+            progress: called while the blocks are packed.
 
         Raises:
-            CheckpointError: the config describes a model that this engine does not run.
+            CheckpointError: the config describes a model that this engine does not run, or a file is damaged.
+            PlanError: the placement is not one for this model.
         """
         config = DiTConfig.from_dict(component.config)
-        checkpoint = component.checkpoint
-        template = cls._make_template(config)
-        last = config.num_layers - 1
-        blocks = Tape.load(
-            template,
-            checkpoint,
-            [f"transformer_blocks.{i}." for i in range(config.num_layers)],
-            dtype=dtype,
-            device=device,
-            skip=lambda i: DEAD_IN_LAST_BLOCK if i == last else (),
-        )
+        checkpoint, hold = component.checkpoint, hold or Hold()
+        stack = cls.stack(component, hold.weight_format, dtype)
+        blocks = open_tape(stack, hold, device, cache, progress)
         with torch.device("meta"):
             ends = _Ends(config)
         ends = ends.to(dtype).to_empty(device="cpu").requires_grad_(False)
         checkpoint.read_into(list(ends.named_parameters()))
         rows = ModulationRows(checkpoint, config.num_layers, checkpoint.identity, device=device, cache=cache)
-        return cls(config, blocks, ends.to(device), rows)
+        return cls(config, stack.template, blocks, ends.to(device), rows)
+
+    def close(self) -> None:
+        """Free the weights."""
+        self.blocks.close()
 
     @property
     def nbytes(self) -> int:
         """Bytes of the weights that a step reads."""
-        return self._blocks.nbytes + sum(p.nbytes for p in self._ends.parameters())
+        return self.blocks.nbytes + sum(p.nbytes for p in self._ends.parameters())
 
     def table(self, timesteps: Sequence[float]) -> ModulationTable:
         """Modulation rows for the timesteps of a run (and for zero, where references are read at time zero)."""
@@ -173,6 +202,7 @@ class QwenImageTransformer:
         table: ModulationTable,
         timestep: float,
         *,
+        more: bool = False,
         check: Callable[[], None] = lambda: None,
     ) -> list[torch.Tensor]:
         """One network evaluation per branch, all branches inside each block's visit.
@@ -183,6 +213,7 @@ class QwenImageTransformer:
             branches: one per prompt.
             table: modulation rows that hold ``timestep``.
             timestep: model time in [0, 1].
+            more: another evaluation follows, so its first weights may be copied ahead.
             check: called before each block; raises to stop the run.
 
         Returns:
@@ -193,19 +224,17 @@ class QwenImageTransformer:
         embedded = self._ends.img_in(tokens.to(self._parameter))
         states = [(embedded.clone(), branch.text.clone(), branch.rotations) for branch in branches]
         zero_cond_t = self.config.zero_cond_t and reference_tokens is not None
-        last = len(self._blocks) - 1
-        for index in range(last):
-            check()
-            block = self._template.bind(self._blocks.views(index))
-            rows = table.block(index, timestep, zero_cond_t=zero_cond_t)
-            states = [(*block(image, text, rows, rot, target), rot) for image, text, rot in states]
-        check()
-        block = self._template.bind(self._blocks.views(last))
-        rows = table.block(last, timestep, zero_cond_t=zero_cond_t)
-        return [
-            self._output(block.forward_last(image, text, rows, rot, target), table, timestep)
-            for image, text, rot in states
-        ]
+        last, outputs = len(self.blocks) - 1, []
+        with closing(self.blocks.sweep(more)) as visits:
+            for index, views in visits:
+                check()
+                block = self._template.bind(views)
+                rows = table.block(index, timestep, zero_cond_t=zero_cond_t)
+                if index < last:
+                    states = [(*block(image, text, rows, rot, target), rot) for image, text, rot in states]
+                else:
+                    outputs = [block.forward_last(image, text, rows, rot, target) for image, text, rot in states]
+        return [self._output(hidden, table, timestep) for hidden in outputs]
 
     def _output(self, hidden: torch.Tensor, table: ModulationTable, timestep: float) -> torch.Tensor:
         scale, shift = table.output(timestep)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..tape import Tape, Template
+from ..stack import BlockStack, Hold, open_tape
+from ..stack.pack import Progress
 
 if TYPE_CHECKING:
     from ...loaders.checkpoint import Checkpoint
@@ -27,6 +30,16 @@ class Segment:
     positions: torch.Tensor
 
 
+def decoder_stack(config: Any, checkpoint: Checkpoint, weight_format: str, dtype: torch.dtype) -> BlockStack:
+    """The decoder layers of a checkpoint in a weight format; ``config`` is transformers' ``Qwen2_5_VLTextConfig``."""
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
+
+    with torch.device("meta"):
+        layer = modeling.Qwen2_5_VLDecoderLayer(config, layer_idx=0)
+    count = config.num_hidden_layers
+    return BlockStack(checkpoint, "language_model.layers.", count, layer, weight_format=weight_format, dtype=dtype)
+
+
 class LanguageModel:
     """All decoder layers and the final norm; no embedding table and no head.
 
@@ -34,21 +47,36 @@ class LanguageModel:
         config: transformers' ``Qwen2_5_VLTextConfig`` with the attention implementation set.
         checkpoint: the text encoder's tensors.
         device: where the layers run.
-        dtype: of weights and computation.
+        dtype: of computation, and of weights in the format ``bf16``.
+        hold: format and place of the layers.
+        cache: folder of packed files.
+        progress: called while the layers are packed.
+
+    Attributes:
+        tape: the layers.
     """
 
-    def __init__(self, config: Any, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: Any,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        hold: Hold,
+        cache: Path | None,
+        progress: Progress = lambda done, total: None,
+    ) -> None:
         from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
 
         self._dtype, self._device = dtype, device
         with torch.device("meta"):
-            self._layer = Template(modeling.Qwen2_5_VLDecoderLayer(config, layer_idx=0))
             self._norm = modeling.Qwen2_5_VLRMSNorm(config.hidden_size, eps=config.rms_norm_eps).requires_grad_(False)
         self._rotary = modeling.Qwen2_5_VLRotaryEmbedding(config).to(device)
-        prefixes = [f"language_model.layers.{index}." for index in range(config.num_hidden_layers)]
         norm_weight = checkpoint.read("language_model.norm.weight", dtype).to(device)
         self._norm.weight = torch.nn.Parameter(norm_weight, requires_grad=False)
-        self._tape = Tape.load(self._layer, checkpoint, prefixes, dtype=dtype, device=device)
+        stack = decoder_stack(config, checkpoint, hold.weight_format, dtype)
+        self._layer = stack.template
+        self.tape = open_tape(stack, hold, device, cache, progress)
 
     def run(
         self, common: Segment, endings: Sequence[Segment], drop: int, on_layer: Callable[[int], None]
@@ -71,10 +99,10 @@ class LanguageModel:
         states = [segment.hidden[None] for segment in segments]
         rotations = [self._rotary(states[0], segment.positions[:, None].to(self._device)) for segment in segments]
         masks = [self._mask(len(common.hidden), len(segment.hidden)) for segment in endings]
-        for index in range(len(self._tape)):
-            on_layer(index)
-            layer = self._layer.bind(self._tape.views(index))
-            states = _visit(layer, states, rotations, masks)
+        with closing(self.tape.sweep(more=False)) as visits:
+            for index, views in visits:
+                on_layer(index)
+                states = _visit(self._layer.bind(views), states, rotations, masks)
         rows = [self._norm(state[0]) for state in (states[0][:, drop:], *states[1:])]
         rest = max(0, drop - len(common.hidden))
         return [torch.cat([rows[0], ending[rest:]]) for ending in rows[1:]] if endings else [rows[0]]

@@ -9,11 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ...errors import CheckpointError, RequestError
+from ..stack import Hold
+from ..stack.pack import Progress
 from .language import LanguageModel, Segment
 from .pictures import Patches, cut_patches
 from .positions import mrope_positions
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ...loaders.source import ModelSource
+    from ..mover import Tape
 
 CODE_VERSION = 1
 """Goes into every cache key; to be raised with any change after which the same prompt gives other bits."""
@@ -52,24 +56,52 @@ class PromptEncoder:
     Opening reads no weight; the language model and the vision tower are read when first needed and stay until
     :meth:`release`. The embedding table and the language head are never loaded.
 
+    Args:
+        source: the opened model.
+        device: where the encoder runs.
+        dtype: of computation, and of weights in the format ``bf16``.
+        hold: format and place of the decoder layers; None keeps them as stored on the device.
+        cache: folder of packed files.
+        alone: the vision tower is freed before the decoder layers are read.
+        progress: called while the layers are packed.
+
     Attributes:
         counters: what was done, for tests and benchmarks.
     """
 
-    def __init__(self, source: ModelSource, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        source: ModelSource,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        hold: Hold | None = None,
+        cache: Path | None = None,
+        alone: bool = False,
+        progress: Progress = lambda done, total: None,
+    ) -> None:
         self._source, self._device, self._dtype = source, device, dtype
+        self._hold, self._cache, self._alone, self._progress = hold or Hold(), cache, alone, progress
         self._language: LanguageModel | None = None
         self._vision: VisionTower | None = None
         self.counters = Counters()
 
-    @classmethod
-    def open(cls, source: ModelSource, *, device: torch.device, dtype: torch.dtype) -> PromptEncoder:
-        """An encoder for the model's text encoder, tokenizer and image processor; nothing is loaded yet."""
-        return cls(source, device, dtype)
-
     def release(self) -> None:
         """Free all weights; the next :meth:`encode` reads them again."""
-        self._language = self._vision = None
+        self._release_vision()
+        if self._language is not None:
+            self._language.tape.close()
+        self._language = None
+
+    def _release_vision(self) -> None:
+        if self._vision is not None:
+            self._vision.close()
+        self._vision = None
+
+    @property
+    def tape(self) -> Tape | None:
+        """The decoder layers, if they are loaded."""
+        return None if self._language is None else self._language.tape
 
     def key(self, prompts: Sequence[str], pictures: Sequence[Image.Image], template: str) -> str:
         """Content address of what :meth:`encode` would return; needs neither weights nor tokenizer.
@@ -96,7 +128,7 @@ class PromptEncoder:
             "processor": dict(self._source.processor_config),
             "tokenizer": self._tokenizer_digest(),
             "weights": component.checkpoint.identity,
-            "weight_format": "as stored",
+            "weight_format": self._hold.weight_format,
         }
 
     def _tokenizer_digest(self) -> str:
@@ -190,7 +222,10 @@ class PromptEncoder:
             config, checkpoint = self._config.vision_config, self._source.text_encoder.checkpoint
             self._vision = VisionTower(config, checkpoint, self._device, self._dtype)
         self.counters.vision_runs += 1
-        return self._vision.run(patches)
+        rows = self._vision.run(patches)
+        if self._alone:
+            self._release_vision()
+        return rows
 
     def _segment(self, tokens: torch.Tensor, positions: torch.Tensor, features: torch.Tensor) -> Segment:
         """Embed tokens: rows of the stored table, gathered on the host, with image features in their places."""
@@ -204,7 +239,9 @@ class PromptEncoder:
     def _language_model(self) -> LanguageModel:
         if self._language is None:
             config, checkpoint = self._config.text_config, self._source.text_encoder.checkpoint
-            self._language = LanguageModel(config, checkpoint, self._device, self._dtype)
+            self._language = LanguageModel(
+                config, checkpoint, self._device, self._dtype, self._hold, self._cache, self._progress
+            )
         return self._language
 
     @cached_property

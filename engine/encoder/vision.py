@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..tape import Tape, Template
+from ..mover import Tape
+from ..stack import BlockStack, CheckpointSource
 from .pictures import Patches
 
 if TYPE_CHECKING:
@@ -29,17 +30,22 @@ class VisionTower:
 
         self._config, self._device, self._dtype = config, device, dtype
         with torch.device("meta"):
-            self._block = Template(modeling.Qwen2_5_VLVisionBlock(config))
+            block = modeling.Qwen2_5_VLVisionBlock(config)
             merger = modeling.Qwen2_5_VLPatchMerger(
                 dim=config.out_hidden_size,
                 context_dim=config.hidden_size,
                 spatial_merge_size=config.spatial_merge_size,
             )
-        self._merger = Template(merger)
-        prefixes = [f"visual.blocks.{index}." for index in range(config.depth)]
         self._patch_weight = checkpoint.read("visual.patch_embed.proj.weight", dtype).flatten(1).to(device)
-        self._tape = Tape.load(self._block, checkpoint, prefixes, dtype=dtype, device=device)
-        self._merger_tape = Tape.load(self._merger, checkpoint, ["visual.merger."], dtype=dtype, device=device)
+        blocks = BlockStack(checkpoint, "visual.blocks.", config.depth, block, dtype=dtype)
+        self._block, self._tape = blocks.template, Tape.resident(blocks.layouts, CheckpointSource(blocks), device)
+        merger = merger.to(dtype).to_empty(device="cpu").requires_grad_(False)
+        checkpoint.read_into([("visual.merger." + name, p) for name, p in merger.named_parameters()])
+        self._merger = merger.to(device)
+
+    def close(self) -> None:
+        """Free the weights."""
+        self._tape.close()
 
     def run(self, patches: Patches) -> torch.Tensor:
         """Rows for all image tokens of all pictures, in order.
@@ -57,11 +63,10 @@ class VisionTower:
         cosine, sine = self._rotation(patches)
         place = order.to(self._device)
         hidden, cosine, sine = (_permuted(rows, place, unit) for rows in (hidden, cosine, sine))
-        for index in range(len(self._tape)):
+        for index, views in self._tape.sweep(more=False):
             lengths = whole_lengths if index in self._config.fullatt_block_indexes else window_lengths
-            block = self._block.bind(self._tape.views(index))
-            hidden = block(hidden, cu_seqlens=_boundaries(lengths), position_embeddings=(cosine, sine))
-        merged = self._merger.bind(self._merger_tape.views(0))(hidden)
+            hidden = self._block.bind(views)(hidden, cu_seqlens=_boundaries(lengths), position_embeddings=(cosine, sine))
+        merged = self._merger(hidden)
         return merged[torch.argsort(place)]
 
     def _rotation(self, patches: Patches) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .cut import Cut, split_evenly
 from .layers import Conv, Norm, Residual
 
 
@@ -58,8 +59,7 @@ class _Halo:
             self._norm.into(rows, inner)
         if last:
             buffer[:, :, -1:].zero_()
-        else:
-            self._above = buffer[:, :, -2:].clone()
+        self._above = None if last else buffer[:, :, -2:].clone()
         return buffer if buffer.shape[2] > 2 else None
 
 
@@ -123,7 +123,7 @@ class Upsample:
             return None
         batch, _, height, width = buffer.shape
         height -= 2
-        channels = self._conv.weight.shape[0] // 4
+        channels = self._conv.outputs // 4
         phases = F.conv2d(buffer, self._conv.weight, self._conv.bias, padding=(0, 1)).permute(0, 2, 3, 1)
         del buffer
         out = rows.new_empty((batch, height, 2, width, 2, channels))
@@ -162,40 +162,43 @@ class Downsample:
 
 
 class Join:
-    """Collects bands until they hold at least ``values`` numbers, so that small maps are not convolved in slivers."""
+    """Collects bands until they are as tall as the cut has them, so that small maps are not convolved in slivers."""
 
-    def __init__(self, values: int) -> None:
-        self._values = values
+    def __init__(self, cut: Cut, channels: int, scale: int) -> None:
+        self._cut = cut
+        self._channels = channels
+        self._scale = scale
         self._waiting: list[Tensor] = []
 
     def push(self, rows: Tensor, last: bool) -> Tensor | None:
         """See `Stage.push`."""
         self._waiting.append(rows)
-        if not last and sum(band.numel() for band in self._waiting) < self._values:
+        tall = self._cut.rows(rows.shape[3], self._channels, self._scale)
+        if not last and sum(band.shape[2] for band in self._waiting) < tall:
             return None
         joined, self._waiting = self._waiting, []
         return joined[0] if len(joined) == 1 else torch.cat(joined, 2)
 
 
 class Split:
-    """Marks where a band is cut into bands of at most ``values`` numbers before it goes on."""
+    """Marks where a band is cut before it goes on."""
 
-    def __init__(self, values: int, widest: int) -> None:
-        self._values = values
-        self._widest = widest
+    def __init__(self, cut: Cut, channels: int, scale: int) -> None:
+        self._cut = cut
+        self._channels = channels
+        self._scale = scale
 
-    def cut(self, rows: Tensor) -> Sequence[Tensor]:
-        """Bands of nearly equal height; the cut depends on the shape alone."""
-        per_row = rows.shape[0] * rows.shape[3] * self._widest
-        tallest = max(1, self._values // per_row)
-        return rows.tensor_split(-(-rows.shape[2] // tallest), dim=2)
+    def bands(self, rows: Tensor) -> Sequence[Tensor]:
+        """Views of consecutive rows, of nearly equal height."""
+        tallest = self._cut.rows(rows.shape[3], self._channels, self._scale)
+        return rows.split(split_evenly(rows.shape[2], tallest), dim=2)
 
 
 def run(chain: Sequence[Stage | Split], rows: Tensor, last: bool = True) -> Iterator[Tensor]:
     """Push ``rows`` through the chain and yield the output rows in order; ``rows`` may be overwritten."""
     for index, stage in enumerate(chain):
         if isinstance(stage, Split):
-            yield from _run_each(chain[index + 1 :], stage.cut(rows), last)
+            yield from _run_each(chain[index + 1 :], stage.bands(rows), last)
             return
         result = stage.push(rows, last)
         if result is None:

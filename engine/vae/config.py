@@ -114,6 +114,11 @@ class VaeConfig:
                 yield Block("up", f"decoder.up_blocks.{level}.upsamplers.0", out_dim, out_dim // 2, timed)
 
 
+def stays_plain(conv: str) -> bool:
+    """Whether the convolution is never quantised: those at the picture and at the latent are few bytes."""
+    return conv.endswith(("conv_in", "conv_out", "quant_conv"))
+
+
 def expected_shapes(config: VaeConfig) -> Shapes:
     """Name and shape of every tensor of the checkpoint, the temporal ones included."""
     shapes: Shapes = {}

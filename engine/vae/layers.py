@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ...kernels.quant import dequantise_rows, quantise_rows
+from ..formats import rotation_group
+from .config import stays_plain
+from .cut import ATTENTION_ROWS
 
 if TYPE_CHECKING:
     from ...loaders.checkpoint import Checkpoint
@@ -22,6 +25,7 @@ class Reader:
     checkpoint: Checkpoint
     device: torch.device
     dtype: torch.dtype
+    weight_format: str = "bf16"
 
     def exact(self, name: str) -> Tensor:
         """The stored tensor in float32, on the CPU."""
@@ -34,11 +38,46 @@ class Reader:
 
 
 @dataclass(frozen=True)
-class Conv:
-    """A 2-D convolution: ``weight`` [out, in, kh, kw], ``bias`` [out]."""
+class Rows:
+    """A convolution's weight as ``stored * scale``: one row [kh * kw * in] of one byte each per output channel."""
 
-    weight: Tensor
+    stored: Tensor
+    scale: Tensor
+    group: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, weight: Tensor, reader: Reader) -> Rows:
+        """Quantise ``weight`` [out, in, kh, kw]."""
+        matrix = weight.permute(0, 2, 3, 1).reshape(len(weight), -1)
+        group = rotation_group(matrix.shape[1])
+        stored, scale = quantise_rows(matrix, reader.weight_format, group)
+        return cls(stored.to(reader.device), scale.to(reader.device), group, weight.shape, reader.dtype)
+
+    def weight(self) -> Tensor:
+        """A new tensor [out, in, kh, kw], channels-last."""
+        outputs, inputs, height, width = self.shape
+        matrix = dequantise_rows(self.stored, self.scale, self.group, self.dtype)
+        return matrix.view(outputs, height, width, inputs).permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A 2-D convolution: ``weight`` [out, in, kh, kw], plain or as rows of bytes, and ``bias`` [out]."""
+
+    kept: Tensor | Rows
     bias: Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight in the compute dtype; made anew at each use from rows of bytes."""
+        return self.kept.weight() if isinstance(self.kept, Rows) else self.kept
+
+    @property
+    def outputs(self) -> int:
+        """Output channels."""
+        return len(self.bias)
 
     @classmethod
     def read(cls, reader: Reader, name: str, outputs: int | None = None) -> Conv:
@@ -49,7 +88,7 @@ class Conv:
         weight = reader.exact(f"{name}.weight")[:outputs]
         if weight.ndim == 5:
             weight = weight[:, :, -1].clone()
-        return cls(reader.place(weight), reader.place(reader.exact(f"{name}.bias")[:outputs]))
+        return cls._keep(reader, name, weight, reader.exact(f"{name}.bias")[:outputs])
 
     @classmethod
     def read_upsampling(cls, reader: Reader, name: str) -> Conv:
@@ -61,7 +100,12 @@ class Conv:
         """
         weight = reader.exact(f"{name}.weight")
         phases = [_pair(_pair(weight, 2, odd_row), 3, odd_column) for odd_row in (0, 1) for odd_column in (0, 1)]
-        return cls(reader.place(torch.cat(phases)), reader.place(reader.exact(f"{name}.bias").repeat(4)))
+        return cls._keep(reader, name, torch.cat(phases), reader.exact(f"{name}.bias").repeat(4))
+
+    @classmethod
+    def _keep(cls, reader: Reader, name: str, weight: Tensor, bias: Tensor) -> Conv:
+        plain = reader.weight_format == "bf16" or stays_plain(name)
+        return cls(reader.place(weight) if plain else Rows.of(weight, reader), reader.place(bias))
 
     def pointwise(self, x: Tensor) -> Tensor:
         """Apply a 1x1 convolution."""
@@ -139,17 +183,30 @@ class Attention:
         return cls(norm, Conv.read(reader, f"{name}.to_qkv"), Conv.read(reader, f"{name}.proj"))
 
     def apply(self, x: Tensor) -> Tensor:
-        """Return attention(x) + x for ``x`` [B, C, h, w]; ``x`` itself is overwritten."""
-        batch, channels, height, width = x.shape
+        """Return attention(x) + x for ``x`` [1, C, h, w]; ``x`` itself is overwritten.
+
+        The softmax is exact and in float32, for a fixed number of query rows at a time, so that no [pixels, pixels]
+        matrix is held and no backend is chosen: one head of all channels is wider than what flash kernels take.
+        """
+        channels = x.shape[1]
         normed = torch.empty_like(x, memory_format=torch.channels_last)
         self.norm.into(x, normed)
-        tokens = normed.permute(0, 2, 3, 1).reshape(batch, 1, height * width, channels)
-        qkv = F.linear(tokens, self.to_qkv.weight[:, :, 0, 0], self.to_qkv.bias)
-        query, key, value = qkv.chunk(3, dim=-1)
-        # One head of all channels is wider than the flash kernels of CUDA take, and the fallback that would be chosen
-        # instead holds the whole [pixels, pixels] matrix.
-        pinned = sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION) if x.is_cuda else nullcontext()
-        with pinned:
-            mixed = F.scaled_dot_product_attention(query, key, value)
-        projected = F.linear(mixed, self.proj.weight[:, :, 0, 0], self.proj.bias)
-        return x.add_(projected.view(batch, height, width, channels).permute(0, 3, 1, 2))
+        qkv = F.linear(_tokens(normed), self.to_qkv.weight[:, :, 0, 0], self.to_qkv.bias)
+        del normed
+        query, key, value = qkv.float().chunk(3, dim=-1)
+        projection = self.proj.weight[:, :, 0, 0]
+        for rows, out in zip(query.split(ATTENTION_ROWS), _tokens(x).split(ATTENTION_ROWS), strict=True):
+            mixed = _attend(rows * channels**-0.5, key, value).to(x.dtype)
+            out.add_(F.linear(mixed, projection, self.proj.bias))
+        return x
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    scores = query @ key.T
+    scores.sub_(scores.amax(dim=1, keepdim=True)).exp_()
+    return (scores @ value).div_(scores.sum(dim=1, keepdim=True))
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """The pixels of a map [1, C, h, w] as a view [h * w, C]."""
+    return x.permute(0, 2, 3, 1).view(-1, x.shape[1])

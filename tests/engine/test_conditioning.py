@@ -144,7 +144,7 @@ def test_a_key_that_is_no_digest_never_touches_the_disk(
 
 
 def open_encoder(kind: str = "edit-2511", device: str = "cpu", dtype: torch.dtype = torch.float32) -> PromptEncoder:
-    return PromptEncoder.open(open_model(shared_pipeline(kind)), device=torch.device(device), dtype=dtype)
+    return PromptEncoder(open_model(shared_pipeline(kind)), torch.device(device), dtype)
 
 
 def test_the_key_changes_with_everything_that_changes_the_embeddings() -> None:
@@ -173,7 +173,7 @@ def test_the_key_depends_on_the_files_of_the_model(tmp_path: Path) -> None:
     shutil.copytree(shared_pipeline("edit-2511"), copied)
 
     def key() -> str:
-        return PromptEncoder.open(open_model(copied), device=torch.device("cpu"), dtype=torch.float32).key(
+        return PromptEncoder(open_model(copied), torch.device("cpu"), torch.float32).key(
             ["a"], [], "edit-plus"
         )
 
@@ -201,7 +201,7 @@ from pathlib import Path
 from qengine.engine.conditioning import ConditioningCache
 from qengine.engine.encoder import PromptEncoder
 from qengine.loaders.source import open_model
-encoder = PromptEncoder.open(open_model(Path({str(folder)!r})), device=torch.device("cpu"), dtype=torch.float32)
+encoder = PromptEncoder(open_model(Path({str(folder)!r})), torch.device("cpu"), torch.float32)
 found = ConditioningCache(Path({str(tmp_path)!r})).get(encoder.key(["a", " "], [], "text"))
 assert found is not None and "transformers" not in sys.modules
 sys.stdout.write(repr(float(found.prompt_embeds.double().sum())))

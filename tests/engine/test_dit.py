@@ -263,5 +263,6 @@ def test_a_model_with_unknown_conditioning_is_refused() -> None:
 
 def test_a_block_beyond_the_tape_cannot_read_another_blocks_weights() -> None:
     model = ours("edit-2511")
-    last = model._template.bind(model._blocks.views(len(model._blocks) - 1))
+    *_, (_, views) = model.blocks.sweep(more=False)
+    last = model._template.bind(views)
     assert last.txt_mlp.net[2].weight.is_meta

@@ -35,7 +35,7 @@ def pictures(count: int) -> list[Image.Image]:
 
 
 def open_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> PromptEncoder:
-    return PromptEncoder.open(open_model(folder), device=CPU, dtype=dtype)
+    return PromptEncoder(open_model(folder), CPU, dtype)
 
 
 @functools.cache
@@ -126,7 +126,7 @@ def _used_tensors() -> list[str]:
 def test_every_tensor_is_felt_in_the_embeddings(group: str, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_model(shared_pipeline("edit-2511"))
     checkpoint = source.text_encoder.checkpoint
-    encoder = PromptEncoder.open(source, device=CPU, dtype=torch.float32)
+    encoder = PromptEncoder(source, CPU, torch.float32)
     images = pictures(1)
     [base] = encoder.encode([PROMPT], images, "edit-plus")
     read_into, rows, zeroed = checkpoint.read_into, checkpoint.rows, ""
@@ -160,7 +160,7 @@ def test_neither_the_language_head_nor_the_embedding_table_is_read(monkeypatch: 
         read_into(items)
 
     monkeypatch.setattr(checkpoint, "read_into", record)
-    encoder = PromptEncoder.open(source, device=CPU, dtype=torch.float32)
+    encoder = PromptEncoder(source, CPU, torch.float32)
     assert not seen
     encoder.encode([PROMPT], pictures(1), "edit-plus")
     assert seen == set(checkpoint.tensors) - {"lm_head.weight", "language_model.embed_tokens.weight"}
@@ -242,9 +242,7 @@ def test_a_single_pixel_is_taken_as_the_reference_takes_it() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_encoder_on_cuda_agrees_with_the_cpu() -> None:
     images = pictures(2)
-    encoder = PromptEncoder.open(
-        open_model(shared_pipeline("edit-2511")), device=torch.device("cuda"), dtype=torch.float32
-    )
+    encoder = PromptEncoder(open_model(shared_pipeline("edit-2511")), torch.device("cuda"), torch.float32)
     for ours, expected in zip(
         encoder.encode([PROMPT, " "], images, "edit-plus"),
         encoder_of("edit-2511").encode([PROMPT, " "], images, "edit-plus"),

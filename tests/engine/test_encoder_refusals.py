@@ -20,7 +20,7 @@ PROMPT = "make it a cat at night"
 
 
 def open_encoder(folder: Path) -> PromptEncoder:
-    return PromptEncoder.open(open_model(folder), device=torch.device("cpu"), dtype=torch.float32)
+    return PromptEncoder(open_model(folder), torch.device("cpu"), torch.float32)
 
 
 @functools.cache

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import os
 import threading
+import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
 from qengine.engine.layout import SlabLayout
 from qengine.engine.mover import Placement, Tape, ThreadCopier, spread
-from qengine.engine.tape import aligned_bytes
+from qengine.engine.template import aligned_bytes
 from qengine.errors import PlanError, QEngineError
 
 CPU = torch.device("cpu")
@@ -251,6 +252,19 @@ def test_a_failing_read_while_opening_leaves_nothing_behind() -> None:
             streaming(streamed, source=source)
 
 
+def test_a_failure_at_the_end_of_opening_gives_the_arena_back() -> None:
+    hosts = []
+
+    def no_copier(host, slots, sizes, record):
+        assert host.nbytes > 0
+        hosts.append(host)
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        streaming(3, copier=no_copier)
+    assert [host.nbytes for host in hosts] == [0]
+
+
 def test_a_sweep_overtaken_by_rest_raises_instead_of_ending_short(x: torch.Tensor) -> None:
     with streaming(3) as tape:
         expected = run(tape, x)
@@ -293,6 +307,15 @@ def test_demoting_blocks_changes_no_bits_and_reads_only_the_demoted_slabs(host: 
             assert len(tape.copies) == 2 * len(placement.copied)
         with pytest.raises(PlanError, match="must be 1 to 0 .*got 1"):
             tape.demote(1)
+
+
+def test_demoting_frees_the_slabs_demoted() -> None:
+    with streaming(2) as tape:
+        held = {block: weakref.ref(views["weight"]) for block, views in tape.sweep(more=False)}
+        before, kept = tape.device_bytes, set(tape.placement.streamed)
+        demoted = set(tape.demote(2).streamed) - kept
+        assert [held[block]() for block in demoted] == [None, None]
+        assert tape.device_bytes == before - sum(LAYOUTS[block].nbytes for block in demoted)
 
 
 def test_a_failing_read_while_demoting_changes_nothing(x: torch.Tensor) -> None:

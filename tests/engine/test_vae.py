@@ -14,9 +14,15 @@ import torch
 from diffusers import AutoencoderKLQwenImage
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kept import kept_bytes, tensors_of
 from qengine.engine.vae import ImageVAE
+from qengine.engine.vae.bands import Split
 from qengine.engine.vae.config import VaeConfig, expected_shapes
+from qengine.engine.vae.cut import ATTENTION_ROWS, Cut, split_evenly
+from qengine.engine.vae.layers import Attention, Conv, Norm, Rows
+from qengine.engine.vae.model import PARTS
 from qengine.errors import CheckpointError, RequestError
+from qengine.kernels.quant import dequantise_rows
 from qengine.loaders.checkpoint import Checkpoint
 from qengine.loaders.component import Component
 from safetensors.torch import save_file
@@ -77,8 +83,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tiny(folder: Path) -> ImageVAE:
+def loaded(folder: Path) -> ImageVAE:
     return ImageVAE.load(_component(folder, _model("tiny")), device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture
+def tiny(loaded: ImageVAE) -> ImageVAE:
+    loaded.cut = Cut.of("cpu")
+    return loaded
 
 
 def _scales(model: AutoencoderKLQwenImage) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,12 +100,12 @@ def _scales(model: AutoencoderKLQwenImage) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _encoded(model: AutoencoderKLQwenImage, pixels: torch.Tensor) -> torch.Tensor:
     mean, std = _scales(model)
-    return (model.encode(pixels.unsqueeze(2)).latent_dist.mode() - mean) / std
+    return (model.encode(pixels.unsqueeze(2), return_dict=False)[0].mode() - mean) / std
 
 
 def _decoded(model: AutoencoderKLQwenImage, latents: torch.Tensor) -> torch.Tensor:
     mean, std = _scales(model)
-    return model.decode(latents * std + mean).sample[:, :, 0]
+    return model.decode(latents * std + mean, return_dict=False)[0][:, :, 0]
 
 
 def _noise(*shape: int) -> torch.Tensor:
@@ -128,28 +140,129 @@ def test_R01_a_picture_becomes_a_normalised_latent_of_16_channels(tmp_path: Path
     assert latents.shape == (1, 16, 1, 48 // factor, 32 // factor)
     assert latents.is_contiguous()
     mean, std = _scales(model)
-    raw = model.encode(pixels.unsqueeze(2)).latent_dist.mode()
+    raw = model.encode(pixels.unsqueeze(2), return_dict=False)[0].mode()
     torch.testing.assert_close(latents * std + mean, raw, atol=1e-5, rtol=0)
 
 
-@settings(max_examples=15, deadline=None)
+WHOLE = Cut(1 << 40)
+
+
+@settings(max_examples=20, deadline=None)
 @given(
-    batch=st.integers(1, 2),
-    height=st.integers(1, 9),
+    height=st.integers(1, 11),
     width=st.integers(1, 6),
-    values=st.sampled_from([1, 3000, 20_000]),
+    cut=st.builds(Cut, st.sampled_from([1, 3000, 20_000])) | st.builds(Cut, st.just(1), st.integers(1, 45)),
 )
 def test_bands_of_any_height_give_the_whole_map_within_1e_6(
-    tiny: ImageVAE, batch: int, height: int, width: int, values: int
+    loaded: ImageVAE, height: int, width: int, cut: Cut
 ) -> None:
-    pixels, latents = _pixels(batch, 3, height * 4, width * 4), _noise(batch, 16, 1, height, width)
+    pixels, latents = _pixels(1, 3, height * 4, width * 4), _noise(1, 16, 1, height, width)
     results = []
-    for band_values in (1 << 40, values):
-        tiny.band_values = band_values
-        results.append((tiny.encode(pixels), tiny.decode(latents)))
+    for loaded.cut in (WHOLE, cut):
+        results.append((loaded.encode(pixels), loaded.decode(latents)))
     (encoded, decoded), (banded_encoded, banded_decoded) = results
-    torch.testing.assert_close(banded_encoded, encoded, atol=2e-6, rtol=0)
-    torch.testing.assert_close(banded_decoded, decoded, atol=2e-6, rtol=0)
+    # Of one rounding of the largest value: latents reach 4, pixels 1.
+    torch.testing.assert_close(banded_encoded, encoded, atol=1e-6 * max(1, encoded.abs().max()), rtol=0)
+    torch.testing.assert_close(banded_decoded, decoded, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("tile", [1, 7, 8, 33, 64, 1000])
+def test_three_downsamplings_in_tiles_give_the_whole_map_within_1e_6(tmp_path: Path, tile: int) -> None:
+    component = _component(tmp_path, _model("four levels"))
+    vae = ImageVAE.load(component, device="cpu", dtype=torch.float32, vae_tile=tile)
+    pixels, latents = _pixels(1, 3, 72, 40), _noise(1, 16, 1, 9, 5)
+    tiled = vae.encode(pixels), vae.decode(latents)
+    vae.cut = WHOLE
+    torch.testing.assert_close(tiled[0], vae.encode(pixels), atol=2e-6, rtol=0)
+    torch.testing.assert_close(tiled[1], vae.decode(latents), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("half", ["encode", "decode"])
+def test_a_tile_is_the_height_of_the_bands_that_meet_the_image(tiny: ImageVAE, half: str) -> None:
+    heights: list[int] = []
+    split = Split.bands
+
+    def record(self: Split, rows: torch.Tensor) -> Any:
+        bands = split(self, rows)
+        heights.extend(band.shape[2] for band in bands if band.shape[3] == 24)
+        return bands
+
+    tiny.cut = Cut.of("cpu", 10)
+    with mock.patch.object(Split, "bands", record):
+        tiny.encode(_pixels(1, 3, 32, 24)) if half == "encode" else tiny.decode(_noise(1, 16, 1, 8, 6))
+    assert max(heights) <= 10
+    assert len(heights) >= 4
+    assert sum(heights) == 32
+
+
+def test_the_cut_depends_on_size_and_tile_alone() -> None:
+    cuts = [Cut.of(kind, tile) for kind in ("cpu", "cuda") for tile in (None, 64)]
+    with mock.patch("torch.cuda.mem_get_info", side_effect=AssertionError("free memory was asked for")):
+        again = [Cut.of(kind, tile) for kind in ("cpu", "cuda") for tile in (None, 64)]
+    assert again == cuts
+    assert [cut.rows(1024, 192, 2) for cut in cuts] == [8, 32, 341, 32]
+    assert [split_evenly(rows, 4) for rows in (1, 4, 9, 10)] == [[1], [4], [3, 3, 3], [4, 3, 3]]
+    with pytest.raises(RequestError, match="vae_tile must be at least 1"):
+        Cut.of("cpu", 0)
+
+
+def test_images_of_a_batch_do_not_see_each_other(tiny: ImageVAE) -> None:
+    pixels, latents = _pixels(3, 3, 32, 24), _noise(3, 16, 1, 8, 6)
+    encoded, decoded = tiny.encode(pixels), tiny.decode(latents)
+    for index in range(3):
+        assert torch.equal(tiny.encode(pixels[index : index + 1])[0], encoded[index])
+        assert torch.equal(tiny.decode(latents[index : index + 1])[0], decoded[index])
+
+
+def test_attention_over_many_chunks_equals_that_over_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    channels = 8
+    weights = [torch.randn(n, channels, 1, 1, generator=generator) / 2 for n in (3 * channels, channels)]
+    to_qkv, proj = (Conv(weight, torch.randn(len(weight), generator=generator)) for weight in weights)
+    attention = Attention(Norm(torch.ones(1, channels, 1, 1), silu=False), to_qkv, proj)
+    x = torch.randn(1, channels, 37, 29, generator=generator)
+    assert x[0, 0].numel() > 2 * ATTENTION_ROWS
+    tokens = torch.nn.functional.normalize(x.double(), dim=1).flatten(2)[0].T
+    qkv = tokens @ to_qkv.weight[:, :, 0, 0].double().T + to_qkv.bias.double()
+    query, key, value = qkv.chunk(3, 1)
+    mixed = (query @ key.T / channels**0.5).softmax(1) @ value
+    expected = (mixed @ proj.weight[:, :, 0, 0].double().T + proj.bias.double()).T.view(x.shape) + x
+    torch.testing.assert_close(attention.apply(x), expected.float(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("weight_format", "least_psnr"), [("int8", 35), ("fp8", 25)])
+def test_weights_of_one_byte_are_their_dequantised_rows_and_stay_near(
+    tmp_path: Path, weight_format: str, least_psnr: float
+) -> None:
+    component = _component(tmp_path, _model("four levels"))
+    plain = ImageVAE.load(component, device="cpu", dtype=torch.float32)
+    vae = ImageVAE.load(component, device="cpu", dtype=torch.float32, weight_format=weight_format)
+    assert kept_bytes(vae._half("decoder")) < 0.4 * kept_bytes(plain._half("decoder"))
+    latents, pixels = _noise(1, 16, 1, 6, 5), _pixels(1, 3, 48, 40)
+    error = vae.decode(latents) - plain.decode(latents)
+    assert 0 < error.abs().max()
+    assert 10 * torch.log10(4 / error.square().mean()) > least_psnr
+    assert 0 < (vae.encode(pixels) - plain.encode(pixels)).abs().mean() < 0.2
+
+    def whole(rows: Rows) -> torch.Tensor:
+        return dequantise_rows(rows.stored, rows.scale, rows.group).view(-1).clone()
+
+    convs = [
+        (a, b)
+        for a, b in zip(*(tensors_of([v._half(part) for part in PARTS]) for v in (vae, plain)), strict=True)
+        if isinstance(a, Rows)
+    ]
+    assert len(convs) > 40
+    for rows, weight in convs:
+        assert isinstance(weight, torch.Tensor)
+        matrix = weight.permute(0, 2, 3, 1).flatten(1)
+        step = matrix.abs().amax(1, keepdim=True) * (1 / 60 if weight_format == "int8" else 1 / 14)
+        assert ((whole(rows).view_as(matrix) - matrix).abs() <= step).all()
+
+
+def test_an_unknown_weight_format_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="weight format"):
+        ImageVAE.load(_component(tmp_path, _model("tiny")), device="cpu", dtype=torch.float32, weight_format="int4")
 
 
 def test_a_run_twice_gives_the_same_bits_and_leaves_its_inputs_alone(tiny: ImageVAE) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -300,19 +302,22 @@ def test_fp8_linear_is_within_four_percent_on_gaussians() -> None:
     assert 0.01 < error < 0.04, error
 
 
-@pytest.mark.skipif(
+FP8_DEVICE = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9),
-    reason="torch._scaled_mm needs a CUDA device of capability 8.9",
+    reason="needs a CUDA device of capability 8.9",
 )
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=FP8_DEVICE)])
 @pytest.mark.parametrize("m", [1, 17, 300])
-def test_fp8_products_on_the_device_match_their_dequantised_tensors(m: int) -> None:
-    x, bias = torch.randn(m, 512).bfloat16().cuda(), torch.randn(256).bfloat16().cuda()
-    stored, scale = quantise_rows(torch.randn(256, 512).cuda(), "fp8", 1)
+def test_fp8_products_match_their_dequantised_tensors(m: int, device: str) -> None:
+    x, bias = torch.randn(m, 512).bfloat16().to(device), torch.randn(256).bfloat16().to(device)
+    stored, scale = quantise_rows(torch.randn(256, 512).to(device), "fp8", 1)
     tokens, token_scale = quantise_tokens(x, "fp8", 1)
     values = tokens.double() * token_scale[:, None].double()
     exact = F.linear(values, stored.double() * scale[:, None].double(), bias.double())
-    found = linear_fp8(x, stored, scale, bias, "scaled_mm")
-    assert relative(found, exact) < 2 * relative(exact.bfloat16(), exact)
+    run = fp8.scaled_mm if device == "cpu" else partial(linear_fp8, path="scaled_mm")
+    assert relative(run(x, stored, scale, bias), exact) < 2 * relative(exact.bfloat16(), exact)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

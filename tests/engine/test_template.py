@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from qengine.engine.layout import SlabLayout
-from qengine.engine.tape import Tape, Template, aligned_bytes
+from qengine.engine.template import Template, aligned_bytes
 from torch import nn
 
 CPU = torch.device("cpu")
@@ -42,37 +42,10 @@ def test_views_are_the_slabs_bytes(specs) -> None:
         assert field.nbytes == 0 or view.data_ptr() == slab.data_ptr() + field.offset_bytes
 
 
-class _Source:
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        self.tensors = tensors
-
-    def read_into(self, items) -> None:
-        for name, tensor in items:
-            tensor.copy_(self.tensors[name])
-
-
-def test_one_template_runs_as_every_block() -> None:
-    stack = nn.Sequential(*(nn.Linear(5, 5) for _ in range(4))).requires_grad_(False)
-    with torch.device("meta"):
-        template = Template(nn.Linear(5, 5))
-    tape = Tape.load(
-        template, _Source(stack.state_dict()), [f"{i}." for i in range(4)], dtype=torch.float32, device=CPU
-    )
-    x = torch.randn(3, 5)
-    y = x
-    for index in range(len(tape)):
-        y = template.bind(tape.views(index))(y)
-    assert torch.equal(y, stack(x))
-    assert tape.nbytes == 4 * 4096
-
-
-def test_a_skipped_parameter_takes_no_space_and_cannot_be_used() -> None:
+def test_a_parameter_that_a_slab_leaves_out_cannot_be_used() -> None:
     with torch.device("meta"):
         template = Template(nn.Linear(64, 64))
-    source = _Source({f"{i}.{n}": t for i in range(2) for n, t in nn.Linear(64, 64).state_dict().items()})
-    tape = Tape.load(
-        template, source, ["0.", "1."], dtype=torch.float32, device=CPU, skip=lambda i: ["bias"] if i == 1 else ()
-    )
-    assert tape.views(0).keys() == {"weight", "bias"} and tape.views(1).keys() == {"weight"}
-    assert template.bind(tape.views(0)).bias.device == CPU
-    assert template.bind(tape.views(1)).bias.is_meta
+    weight = torch.randn(64, 64)
+    assert template.bind({"weight": weight, "bias": torch.zeros(64)}).bias.device == CPU
+    assert template.bind({"weight": weight}).weight.data_ptr() == weight.data_ptr()
+    assert template.bind({"weight": weight}).bias.is_meta

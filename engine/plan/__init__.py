@@ -1,0 +1,26 @@
+"""The plan: from headers, request, ceilings and device facts to placements and predicted peaks; needs no torch."""
+
+from .budget import Budget, Choices, parse_size, size_text
+from .choose import Ceilings
+from .facts import DEAD_IN_LAST_BLOCK, DeviceFacts, ModelFacts
+from .jobs import JobFacts, foresee
+from .make import Plan, make_plan
+from .phases import PhasePlan
+from .placement import Blocks
+
+__all__ = [
+    "DEAD_IN_LAST_BLOCK",
+    "Blocks",
+    "Budget",
+    "Ceilings",
+    "Choices",
+    "DeviceFacts",
+    "JobFacts",
+    "ModelFacts",
+    "PhasePlan",
+    "Plan",
+    "foresee",
+    "make_plan",
+    "parse_size",
+    "size_text",
+]

@@ -1,0 +1,231 @@
+"""What a plan knows of a request: grids and token counts, or bounds where only the tokenizer could tell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ...errors import RequestError
+
+if TYPE_CHECKING:
+    from ..defaults import Defaults
+    from ..job import Job
+
+Size = tuple[int, int]
+
+DROPPED_TOKENS = {"text": 34, "edit": 64, "edit-plus": 64}
+"""Tokens of each prompt template before the pictures and the prompt."""
+
+END_TOKENS = 8
+PICTURE_TOKENS = 12
+MAX_PROMPT_TOKENS = 1024
+EDIT_AREA_RATIO = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobFacts:
+    """A request in numbers.
+
+    Attributes:
+        kind: ``edit`` or ``generate``.
+        target: token rows and columns of the output.
+        references: token rows and columns of every picture as the VAE sees it.
+        patches: rows and columns of every picture's patches in the vision tower.
+        prompt_tokens: per branch, tokens of the whole chat, image tokens included; an upper bound.
+        shared_tokens: tokens that all branches certainly begin with.
+        dropped_tokens: leading tokens that are no part of the conditioning.
+        steps: denoising steps.
+        pixels_multiple: pixels per token side.
+        dtype: compute dtype, ``auto``, ``float32`` or ``bfloat16``.
+        words: the request as it is typed, for the line to paste.
+        notes: what was assumed.
+    """
+
+    kind: str
+    target: Size
+    references: tuple[Size, ...] = ()
+    patches: tuple[Size, ...] = ()
+    prompt_tokens: tuple[int, ...]
+    shared_tokens: int
+    dropped_tokens: int
+    steps: int
+    pixels_multiple: int = 16
+    dtype: str = "auto"
+    words: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def branches(self) -> int:
+        """Forward passes per step."""
+        return len(self.prompt_tokens)
+
+    @property
+    def target_tokens(self) -> int:
+        """Image tokens of the output."""
+        return self.target[0] * self.target[1]
+
+    @property
+    def reference_tokens(self) -> int:
+        """Image tokens of all references."""
+        return sum(rows * columns for rows, columns in self.references)
+
+    @property
+    def text_tokens(self) -> tuple[int, ...]:
+        """Per branch, tokens of the conditioning."""
+        return tuple(count - self.dropped_tokens for count in self.prompt_tokens)
+
+    @property
+    def latent_sizes(self) -> tuple[Size, ...]:
+        """Rows and columns of latents: the target, then the references."""
+        return tuple((2 * rows, 2 * columns) for rows, columns in (self.target, *self.references))
+
+    @classmethod
+    def of(cls, job: Job, processor: Mapping[str, Any], *, dtype: str = "auto", words: str = "") -> JobFacts:
+        """Facts of a resolved request.
+
+        Args:
+            job: the request against its model.
+            processor: settings of the image processor.
+            dtype: compute dtype.
+            words: the request as it is typed.
+        """
+        prompts = [job.prompt] if job.negative_prompt is None else [job.prompt, job.negative_prompt]
+        return cls.build(
+            kind=job.kind,
+            template=job.template,
+            prompts=prompts,
+            target=job.target.grid,
+            references=[reference.grid for reference in job.references],
+            conditions=job.conditions,
+            processor=processor,
+            steps=job.num_inference_steps,
+            pixels_multiple=job.target.multiple,
+            dtype=dtype,
+            words=words,
+        )
+
+    @classmethod
+    def build(  # noqa: PLR0913  one argument per field, all by name
+        cls,
+        *,
+        template: str,
+        prompts: Sequence[str],
+        conditions: Sequence[Size],
+        processor: Mapping[str, Any],
+        references: Sequence[Size],
+        **fields: Any,
+    ) -> JobFacts:
+        """Facts from sizes and texts.
+
+        A byte-level tokenizer makes at most one token of a byte, so the bytes of a prompt bound its tokens.
+
+        Args:
+            template: name of the prompt template.
+            prompts: one per branch.
+            conditions: (width, height) of every picture as the encoder gets it.
+            processor: settings of the image processor.
+            references: token grids of the pictures as the VAE sees them.
+            fields: the remaining fields.
+        """
+        patches = tuple(patch_grid(width, height, processor) for width, height in conditions)
+        unit = processor["merge_size"] ** 2
+        image_tokens = sum(rows * columns // unit for rows, columns in patches)
+        dropped = DROPPED_TOKENS[template]
+        lengths = [min(MAX_PROMPT_TOKENS, len(prompt.encode()) + END_TOKENS) for prompt in prompts]
+        labels = PICTURE_TOKENS * len(patches)
+        return cls(
+            patches=patches,
+            references=tuple(references),
+            prompt_tokens=tuple(dropped + labels + image_tokens + length for length in lengths),
+            shared_tokens=dropped + image_tokens,
+            dropped_tokens=dropped,
+            **fields,
+        )
+
+
+def patch_grid(width: int, height: int, processor: Mapping[str, Any]) -> Size:
+    """Rows and columns of patches that the image processor cuts a picture into.
+
+    Both sides are rounded to whole merge blocks, then scaled into ``min_pixels .. max_pixels``.
+
+    Source: huggingface/transformers:src/transformers/models/qwen2_vl/image_processing_qwen2_vl.py (smart_resize).
+    """
+    unit = processor["patch_size"] * processor["merge_size"]
+    rows, columns = max(1, round(height / unit)), max(1, round(width / unit))
+    area = rows * columns * unit * unit
+    if area > processor["max_pixels"]:
+        shrink = (height * width / processor["max_pixels"]) ** 0.5
+        rows, columns = max(1, int(height / shrink / unit)), max(1, int(width / shrink / unit))
+    elif area < processor["min_pixels"]:
+        grow = (processor["min_pixels"] / (height * width)) ** 0.5
+        rows, columns = -int(-height * grow // unit), -int(-width * grow // unit)
+    return rows * processor["merge_size"], columns * processor["merge_size"]
+
+
+def area_size(area: int, ratio: float, multiple: int = 32) -> Size:
+    """(width, height) of about ``area`` pixels with ``ratio`` = width / height, both multiples of ``multiple``."""
+    width = (area * ratio) ** 0.5
+    return max(1, round(width / multiple)) * multiple, max(1, round(width / ratio / multiple)) * multiple
+
+
+def tokens(size: Size, multiple: int) -> Size:
+    """Token rows and columns of a picture of (width, height) pixels, padded up to whole tokens."""
+    width, height = size
+    return -(-height // multiple), -(-width // multiple)
+
+
+def foresee(
+    defaults: Defaults,
+    pictures: Sequence[Size],
+    fields: Mapping[str, Any],
+    processor: Mapping[str, Any],
+    *,
+    multiple: int,
+    **rest: Any,
+) -> JobFacts:
+    """Facts of a request that is not resolved yet, from the sizes of its pictures; reads nothing.
+
+    Args:
+        defaults: the model's.
+        pictures: (width, height) of every picture; none stands for one square picture where the model needs one.
+        fields: fields of the request, as far as they are given.
+        processor: settings of the image processor.
+        multiple: pixels per token side.
+        rest: ``dtype`` and ``words``.
+
+    Raises:
+        RequestError: the model does not take that many pictures.
+    """
+    notes = []
+    most = defaults.max_references
+    if not pictures and most != 0:
+        side = round(defaults.area_pixels**0.5)
+        pictures = [(side, side)]
+        notes.append("no picture was given: the plan is for one square picture (name yours with --ref)")
+    if most is not None and len(pictures) > most:
+        raise RequestError(f"this model must get at most {most} picture(s), got {len(pictures)}")
+    scale = fields.get("true_cfg_scale") or max(1.0, fields.get("guidance_scale") or defaults.true_cfg_scale)
+    if fields.get("prompt") is None:
+        notes.append("no prompt was given: the plan is for one of at most 256 tokens")
+    prompt = fields.get("prompt") or "x" * 248
+    negative = fields.get("negative_prompt") or defaults.negative_prompt
+    ratios = [width / height for width, height in pictures]
+    size = fields.get("size")
+    if size is None:
+        lead = ratios[-1 if defaults.size_from_last else 0] if ratios else EDIT_AREA_RATIO
+        size = area_size(defaults.area_pixels, lead)
+    seen = defaults.reference_area_pixels
+    return JobFacts.build(
+        kind="edit" if pictures else "generate",
+        template=defaults.template,
+        prompts=[prompt] if scale == 1 else [prompt, negative],
+        target=tokens(size, multiple),
+        references=[tokens(size if seen is None else area_size(seen, ratio), multiple) for ratio in ratios],
+        conditions=[area_size(defaults.condition_area_pixels, ratio) for ratio in ratios],
+        processor=processor,
+        steps=fields.get("num_inference_steps") or defaults.num_inference_steps,
+        pixels_multiple=multiple,
+        notes=tuple(notes),
+        **rest,
+    )

@@ -1,0 +1,116 @@
+"""What follows from the architecture and the model alone: weight formats and kernels; never from free memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..layout import ITEM_BYTES
+from .activations import Linear
+from .budget import Choices
+from .facts import DeviceFacts, TransformerFacts
+from .jobs import JobFacts
+
+OLDEST_INT8, HOPPER, CONSUMER_BLACKWELL = 75, 90, 120
+
+ASSUMED_TFLOPS = {
+    80: {"bf16": 200.0, "int8": 350.0, "fp8": 200.0},
+    86: {"bf16": 58.0, "int8": 150.0, "fp8": 58.0},
+    89: {"bf16": 140.0, "int8": 350.0, "fp8": 280.0},
+    90: {"bf16": 620.0, "int8": 1000.0, "fp8": 1000.0},
+    100: {"bf16": 1200.0, "int8": 2000.0, "fp8": 2000.0},
+    120: {"bf16": 180.0, "int8": 400.0, "fp8": 360.0},
+}
+"""Sustained rates by architecture where none were measured; only a hint is ever based on them."""
+
+ASSUMED_LINK_BYTES_PER_SECOND = 12e9
+
+
+@dataclass(frozen=True)
+class Formats:
+    """Weight formats and compute dtype of a run.
+
+    Attributes:
+        transformer: format of the transformer's blocks.
+        encoder: format of the text encoder's layers.
+        vae: format of the VAE's convolutions.
+        plain: safetensors name of the compute dtype.
+    """
+
+    transformer: str
+    encoder: str
+    vae: str
+    plain: str
+
+
+def auto_format(device: DeviceFacts) -> str:
+    """``bf16`` (as stored) on a CPU; ``fp8`` on sm90 to sm119; ``int8`` on sm75 to sm89 and from sm120 on."""
+    if device.kind == "cpu" or device.architecture is None or device.architecture < OLDEST_INT8:
+        return "bf16"
+    return "fp8" if HOPPER <= device.architecture < CONSUMER_BLACKWELL else "int8"
+
+
+def pick_formats(device: DeviceFacts, job: JobFacts, choices: Choices) -> Formats:
+    """What is chosen, and the rule where nothing is."""
+    main = auto_format(device) if choices.weights == "auto" else choices.weights
+    encoder = main if choices.text_encoder_weights == "auto" else choices.text_encoder_weights
+    if choices.text_encoder_cpu and choices.text_encoder_weights == "auto":
+        encoder = "bf16"
+    dtype = job.dtype
+    if dtype == "auto":
+        dtype = "float32" if device.kind == "cpu" else "bfloat16"
+    return Formats(main, encoder, choices.vae_weights, "F32" if dtype == "float32" else "BF16")
+
+
+def linear_kernel(device_kind: str, device: DeviceFacts, weight_format: str) -> str:
+    """Which implementation multiplies by weights of a format; Triton only where its probe says that it works."""
+    if weight_format == "bf16":
+        return "torch"
+    on_cpu = device_kind == "cpu" or device.architecture is None
+    if weight_format == "int8":
+        fused = not on_cpu and (device.architecture or 0) > OLDEST_INT8 and device.probes.get("triton", False)
+        return "triton" if fused else "int8"
+    row_wise = not on_cpu and HOPPER <= (device.architecture or 0) < CONSUMER_BLACKWELL
+    return "scaled_mm" if row_wise and device.probes.get("scaled_mm", True) else "dequantise"
+
+
+def linear_of(kind: str, device: DeviceFacts, weight_format: str, plain: str) -> Linear:
+    """The kernel with its scratch, for a compute dtype by its safetensors name."""
+    return Linear(linear_kernel(kind, device, weight_format), ITEM_BYTES[plain])
+
+
+def kernels(device: DeviceFacts, formats: Formats, *, encoder_on_cpu: bool) -> dict[str, str]:
+    """Kernel per op."""
+    cuda = device.kind == "cuda"
+    encoder_kind = "cpu" if encoder_on_cpu else device.kind
+    return {
+        "transformer.linear": linear_kernel(device.kind, device, formats.transformer),
+        "transformer.attention": "sdpa-flash" if cuda else "sdpa",
+        "text_encoder.linear": linear_kernel(encoder_kind, device, formats.encoder),
+        "text_encoder.attention": "sdpa",
+        "vae.attention": "torch",
+        "vae.convolution": "cudnn" if cuda else "torch",
+    }
+
+
+def step_flops(model: TransformerFacts, job: JobFacts) -> float:
+    """``blocks * (24 d^2 J + 4 J^2 d)`` summed over the branches, with J tokens in each."""
+    image = job.target_tokens + job.reference_tokens
+    joints = [image + text for text in job.text_tokens]
+    d = model.dim
+    return float(len(model.stack.blocks) * sum(24 * d * d * joint + 4 * joint * joint * d for joint in joints))
+
+
+def step_seconds(device: DeviceFacts, flops: float, weight_format: str, streamed_bytes: int) -> float | None:
+    """The larger of computing and copying, which overlap; None where nothing is known of the device."""
+    rates = device.probes.get("tflops") or _assumed(device.architecture)
+    if rates is None or weight_format not in rates:
+        return None
+    link = device.link_bytes_per_second or ASSUMED_LINK_BYTES_PER_SECOND
+    return max(flops / (rates[weight_format] * 1e12), streamed_bytes / link)
+
+
+def _assumed(architecture: int | None) -> dict[str, float] | None:
+    if architecture is None:
+        return None
+    known = [number for number in ASSUMED_TFLOPS if number <= architecture]
+    return ASSUMED_TFLOPS[max(known)] if known else None

@@ -1,0 +1,165 @@
+"""A plan in words and as JSON values: the arithmetic, the decision, and a line to paste."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .budget import size_text
+from .make import Plan
+from .phases import PhasePlan
+
+GB = 10**9
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON values; sizes are bytes."""
+    return {
+        "model": plan.label,
+        "device": {
+            "kind": plan.device.kind,
+            "name": plan.device.name,
+            "architecture": plan.device.architecture,
+            "context_bytes": plan.device.context_bytes,
+        },
+        "ceilings": {"vram_bytes": plan.ceilings.vram_bytes, "ram_bytes": plan.ceilings.ram_bytes},
+        "components": [
+            {
+                "name": part.name,
+                "parameters": part.parameters,
+                "dtypes": list(part.dtypes),
+                "bytes": part.nbytes,
+                "used_parameters": plan.used_parameters[part.name],
+            }
+            for part in plan.parts
+        ],
+        "formats": {
+            "transformer": plan.formats.transformer,
+            "text_encoder": plan.formats.encoder,
+            "vae": plan.formats.vae,
+            "compute": plan.formats.plain,
+        },
+        "kernels": dict(plan.kernels),
+        "vae_tile_rows": plan.vae_tile_rows,
+        "phases": [_phase_json(phase) for phase in plan.phases],
+        "kept_on_device": list(plan.kept_on_device),
+        "kept_on_host": list(plan.kept_on_host),
+        "vram_bytes": plan.vram_bytes,
+        "host_bytes": plan.host_bytes,
+        "notes": list(plan.notes),
+        "hints": list(plan.hints),
+        "command": plan.command,
+    }
+
+
+def _phase_json(phase: PhasePlan) -> dict[str, Any]:
+    blocks = phase.blocks
+    placed: dict[str, Any] = {}
+    if blocks is not None:
+        placed = {
+            "blocks": blocks.placement.blocks,
+            "streamed": list(blocks.placement.streamed),
+            "slots": blocks.slots,
+            "host": blocks.placement.host if blocks.placement.streamed else None,
+            "streamed_bytes": blocks.streamed_bytes,
+        }
+    return {
+        "name": phase.name,
+        "component": phase.component,
+        "device": phase.device,
+        "weight_format": phase.weight_format,
+        **placed,
+        "vram_bytes": phase.vram_bytes,
+        "host_bytes": phase.host_bytes,
+        "vram_items": [list(item) for item in phase.vram_items],
+        "host_items": [list(item) for item in phase.host_items],
+    }
+
+
+def as_text(plan: Plan) -> str:
+    """The plan for people: components, phases with every item, the decision, notes, and the line to paste."""
+    pieces = [_components(plan), *(_phase(phase) for phase in plan.phases), _decision(plan)]
+    pieces += ["\n".join(f"note: {note}" for note in plan.notes), "\n".join(f"hint: {hint}" for hint in plan.hints)]
+    return "\n\n".join([piece for piece in pieces if piece] + [plan.command])
+
+
+def _components(plan: Plan) -> str:
+    formats: Mapping[str, str] = {
+        "transformer": plan.formats.transformer,
+        "text_encoder": plan.formats.encoder,
+        "vae": plan.formats.vae,
+    }
+    rows = [("component", "parameters", "stored as", "stored", "used", "runs as", "place")]
+    for part in plan.parts:
+        places = dict.fromkeys(_place(phase) for phase in plan.phases if phase.component == part.name)
+        rows.append(
+            (
+                part.name,
+                f"{part.parameters:,}",
+                " ".join(part.dtypes),
+                f"{part.nbytes / GB:.2f} GB",
+                f"{plan.used_parameters[part.name]:,}",
+                formats[part.name] if formats[part.name] != "bf16" else plan.formats.plain.lower(),
+                "; ".join(places),
+            )
+        )
+    return _table(rows)
+
+
+def _place(phase: PhasePlan) -> str:
+    if phase.blocks is None:
+        return phase.device
+    placed = phase.blocks.placement
+    if not placed.streamed:
+        return f"{phase.device}, all {placed.blocks} blocks resident"
+    if placed.host == "mapped":
+        return f"{phase.device}, all {placed.blocks} blocks where the packed file is mapped"
+    return (
+        f"{phase.device}, {placed.blocks - len(placed.streamed)} blocks resident, {len(placed.streamed)} streamed "
+        f"from {placed.host} through {phase.blocks.slots} slots"
+    )
+
+
+def _phase(phase: PhasePlan) -> str:
+    rows = [(f"{phase.name} ({phase.component})", "VRAM", "RAM")]
+    labels = dict.fromkeys([label for label, _ in phase.vram_items] + [label for label, _ in phase.host_items])
+    vram, host = _sums(phase.vram_items), _sums(phase.host_items)
+    rows += [(f"  {label}", _cell(vram.get(label)), _cell(host.get(label))) for label in labels]
+    rows.append(("  together", _cell(phase.vram_bytes), _cell(phase.host_bytes)))
+    return _table(rows)
+
+
+def _sums(items: Sequence[tuple[str, int]]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for label, size in items:
+        found[label] = found.get(label, 0) + size
+    return found
+
+
+def _cell(size: int | None) -> str:
+    return "" if not size else size_text(size)
+
+
+def _decision(plan: Plan) -> str:
+    vram = plan.ceilings.vram_bytes
+    rows = [
+        ("", "peak", "ceiling"),
+        ("VRAM", size_text(plan.vram_bytes), "none" if vram is None else size_text(vram, up=False)),
+        ("RAM", size_text(plan.host_bytes), size_text(plan.ceilings.ram_bytes, up=False)),
+    ]
+    lines = [_table(rows)]
+    denoise = plan.phase("denoise").blocks
+    if denoise is not None and denoise.streamed_bytes:
+        lines.append(f"{size_text(denoise.streamed_bytes)} are copied to the device per step, once for all branches")
+    lines.append(f"VAE in bands of {plan.vae_tile_rows} output rows")
+    for title, names in (("on the device", plan.kept_on_device), ("in RAM", plan.kept_on_host)):
+        if names:
+            lines.append(f"kept {title} between phases: {', '.join(names)}")
+    return "\n".join(lines)
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )

@@ -1,0 +1,19 @@
+"""Stacks of equal blocks in a checkpoint: their slabs, where they are read from, and the file that packs them."""
+
+from __future__ import annotations
+
+from .blocks import BlockStack, CheckpointSource
+from .hold import Hold, open_tape, packed_path
+from .pack import pack, packed_bytes
+from .packed import PackedSource
+
+__all__ = [
+    "BlockStack",
+    "CheckpointSource",
+    "Hold",
+    "PackedSource",
+    "open_tape",
+    "pack",
+    "packed_bytes",
+    "packed_path",
+]

@@ -1,0 +1,135 @@
+"""Writing a packed file: one tensor and one slab in memory at a time, appearing whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from ...errors import CheckpointError, KernelError, OutputError
+from ..files import write_whole
+from ..layout import SLAB_ALIGNMENT_BYTES
+from ..quant import quantise_weight
+from ..template import aligned_bytes
+from .blocks import BlockStack
+from .packed import Slab, entries, metadata
+
+Progress = Callable[[int, int], None]
+
+
+def packed_bytes(stack: BlockStack) -> int:
+    """Size of the packed file."""
+    return _start(stack) + stack.nbytes
+
+
+def pack(stack: BlockStack, path: Path, progress: Progress = lambda done, total: None) -> None:
+    """Write the stack's slabs in its format.
+
+    Holds one tensor as stored, its rows in float32 a few megabytes at a time, and one slab.
+
+    Args:
+        stack: what to pack.
+        path: the file; replaced only when the new one is complete.
+        progress: called after every slab with bytes done and bytes in all; may raise to stop.
+
+    Raises:
+        CheckpointError: a weight is NaN or infinite, or the source cannot be read.
+        OutputError: the folder cannot be written, or the disk has no room.
+    """
+    _check_room(path, packed_bytes(stack))
+
+    def write(temporary: Path) -> None:
+        with temporary.open("rb+") as file:
+            _write(stack, file, progress)
+
+    write_whole(path, write)
+
+
+def _write(stack: BlockStack, file: BinaryIO, progress: Progress) -> None:
+    start = _start(stack)
+    slabs = _places(stack, start)
+    file.seek(start)
+    buffer = aligned_bytes(max(slab.nbytes for slab in slabs), torch.device("cpu"))
+    done = 0
+    for index, slab in enumerate(slabs):
+        data = buffer[: slab.nbytes].zero_()
+        _fill(stack, index, data)
+        file.write(data.numpy())
+        slabs[index] = replace(slab, crc=zlib.crc32(data.numpy()))
+        done += slab.nbytes
+        progress(done, stack.nbytes)
+    file.seek(0)
+    file.write(_header(stack, slabs, start))
+
+
+def _fill(stack: BlockStack, index: int, slab: torch.Tensor) -> None:
+    prefix, views = stack.prefix(index), stack.layouts[index].views(slab)
+    plain = []
+    for name, view in views.items():
+        scale = views.get(name.removesuffix("weight") + "scale") if name.endswith(".weight") else None
+        if scale is not None:
+            stored, found = _quantised(stack, prefix + name)
+            view.copy_(stored)
+            scale.copy_(found)
+        elif not name.endswith(".scale"):
+            plain.append((prefix + name, view))
+    stack.checkpoint.read_into(plain)
+    for name, view in plain:
+        if not bool(torch.isfinite(view).all()):
+            raise CheckpointError(f"{stack.checkpoint.place}: {name} must be finite, got NaN or infinity")
+
+
+def _quantised(stack: BlockStack, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    try:
+        return quantise_weight(stack.checkpoint.read(name), stack.weight_format)
+    except KernelError as error:
+        raise CheckpointError(
+            f"{stack.checkpoint.place}: {name} must be packable: {error.message}",
+            hint="the checkpoint is damaged: qengine verify MODEL",
+        ) from error
+
+
+def _places(stack: BlockStack, start: int) -> list[Slab]:
+    slabs, position = [], start
+    for layout in stack.layouts:
+        slabs.append(Slab(position, layout.nbytes, 0))
+        position += layout.nbytes
+    return slabs
+
+
+def _start(stack: BlockStack) -> int:
+    """First byte of data: a page boundary behind the header, which grows a little with the offsets it holds."""
+    start = SLAB_ALIGNMENT_BYTES
+    while len(_text(stack, _places(stack, start), start)) + 8 > start:
+        start += SLAB_ALIGNMENT_BYTES
+    return start
+
+
+def _text(stack: BlockStack, slabs: list[Slab], start: int) -> bytes:
+    header = {"__metadata__": metadata(stack, slabs), **entries(stack, slabs, start)}
+    return json.dumps(header, separators=(",", ":")).encode()
+
+
+def _header(stack: BlockStack, slabs: list[Slab], start: int) -> bytes:
+    text = _text(stack, slabs, start)
+    room = start - 8
+    return struct.pack("<Q", room) + text.ljust(room)
+
+
+def _check_room(path: Path, nbytes: int) -> None:
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        raise OutputError(
+            f"{folder} must have {nbytes / 1e9:.1f} GB free for the packed file, got {free / 1e9:.1f} GB",
+            hint="make room there, or set QENGINE_CACHE to a folder on another disk",
+        )

@@ -1,0 +1,160 @@
+"""Predicted activations against the bytes of tensors that are really alive, on random models."""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from pipelines import shared_pipeline
+from qengine.engine.dit import QwenImageTransformer
+from qengine.engine.encoder import PromptEncoder
+from qengine.engine.plan import DEAD_IN_LAST_BLOCK, JobFacts, ModelFacts
+from qengine.engine.plan.activations import (
+    Linear,
+    language_bytes,
+    modulation_bytes,
+    rows_bytes,
+    step_bytes,
+    vision_bytes,
+)
+from qengine.engine.plan.jobs import patch_grid
+from qengine.kernels.linear_fp8 import linear_fp8
+from qengine.kernels.linear_int8 import linear_int8
+from qengine.loaders import ModelSource, open_model
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from live_bytes import LiveBytes  # noqa: E402
+
+CPU = torch.device("cpu")
+SLACK_BYTES = 1 << 20
+SIDES = st.integers(1, 24)
+GRIDS = st.tuples(SIDES, SIDES)
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
+PROPERTY = settings(max_examples=12, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate))
+
+
+@cache
+def source() -> ModelSource:
+    return open_model(shared_pipeline("edit-2511"))
+
+
+@cache
+def facts() -> ModelFacts:
+    return ModelFacts.of(source())
+
+
+@cache
+def transformer_of(dtype: torch.dtype) -> QwenImageTransformer:
+    return QwenImageTransformer.load(source().transformer, device=CPU, dtype=dtype, cache=None)
+
+
+def holds(predicted: int, measured: int) -> None:
+    assert measured <= predicted <= 2 * measured + SLACK_BYTES
+
+
+def job_of(target, references, texts, steps: int = 2) -> JobFacts:
+    return JobFacts(
+        kind="edit" if references else "generate",
+        target=target,
+        references=tuple(references),
+        prompt_tokens=tuple(64 + text for text in texts),
+        shared_tokens=64,
+        dropped_tokens=64,
+        steps=steps,
+    )
+
+
+@PROPERTY
+@given(
+    target=GRIDS,
+    references=st.lists(GRIDS, max_size=2),
+    texts=st.lists(st.integers(1, 400), min_size=1, max_size=2),
+    dtype=DTYPES,
+)
+def test_a_step_allocates_no_more_than_predicted(target, references, texts, dtype) -> None:
+    model, transformer = facts(), transformer_of(dtype)
+    job, s = job_of(target, references, texts), dtype.itemsize
+    with torch.no_grad(), LiveBytes() as live:
+        table = transformer.table([float(t) for t in torch.rand(2)])
+        branches = [transformer.branch(torch.randn(n, 64, dtype=dtype), [target, *references]) for n in texts]
+        latents = torch.randn(1, job.target_tokens, 64)
+        seen = torch.randn(1, job.reference_tokens, 64, dtype=dtype) if references else None
+        transformer.velocity(latents.to(dtype), seen, branches, table, 0.5)
+    rows = rows_bytes(model.transformer, job, s) + (rows_bytes(model.transformer, job, 4) if s < 4 else 0)
+    step = step_bytes(model.transformer, job, s, Linear("torch", s))
+    holds(rows + max(step, modulation_bytes(model.transformer, job)), live.peak)
+
+
+@settings(PROPERTY, max_examples=6)
+@given(
+    sizes=st.lists(st.tuples(st.integers(30, 300), st.integers(30, 300)), min_size=1, max_size=2),
+    prompts=st.lists(st.text("a cat at night", min_size=1, max_size=300), min_size=1, max_size=2, unique=True),
+    dtype=DTYPES,
+)
+def test_encoding_allocates_no_more_than_predicted(sizes, prompts, dtype) -> None:
+    model = facts()
+    pictures = [Image.new("RGB", size, (200, 90, 30)) for size in sizes]
+    encoder = PromptEncoder(source, CPU, dtype)
+    encoder.encode(["warm up"], pictures, "edit-plus")
+    job = JobFacts.build(
+        kind="edit",
+        template="edit-plus",
+        prompts=prompts,
+        target=(4, 4),
+        references=[(4, 4)] * len(sizes),
+        conditions=sizes,
+        processor=source().processor_config,
+        steps=1,
+    )
+    with LiveBytes() as live:
+        encoder.encode(prompts, pictures, "edit-plus")
+    linear, s = Linear("torch", dtype.itemsize), dtype.itemsize
+    vision = vision_bytes(model.encoder, job, s, linear)
+    holds(max(vision, language_bytes(model.encoder, job, s, linear)), live.peak)
+
+
+@pytest.mark.parametrize("size", [(384, 384), (97, 61), (1, 200), (3000, 20), (4000, 4000), (28, 28)])
+@pytest.mark.parametrize("limits", [(3136, 62720), (56 * 56 * 4, 12845056)])
+def test_the_patch_grid_is_that_of_the_image_processor(size: tuple[int, int], limits: tuple[int, int]) -> None:
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    processor = {"patch_size": 14, "merge_size": 2, "min_pixels": limits[0], "max_pixels": limits[1]}
+    width, height = size
+    high, wide = smart_resize(height, width, 28, *limits)
+    assert patch_grid(width, height, processor) == (high // 14, wide // 14)
+
+
+@PROPERTY
+@given(
+    rows=st.integers(1, 700),
+    inputs=st.sampled_from([64, 256, 1280]),
+    outputs=st.sampled_from([64, 1000, 3000]),
+    dtype=DTYPES,
+    weight_format=st.sampled_from(["int8", "fp8"]),
+)
+def test_a_quantised_linear_layer_takes_no_more_than_its_scratch(rows, inputs, outputs, dtype, weight_format) -> None:
+    x, scale = torch.randn(rows, inputs, dtype=dtype), torch.rand(outputs)
+    weight = torch.randint(-100, 100, (outputs, inputs), dtype=torch.int8)
+    with torch.no_grad(), LiveBytes() as live:
+        if weight_format == "int8":
+            linear_int8(x, weight, scale, None, 64)
+        else:
+            linear_fp8(x, weight.to(torch.float8_e4m3fn), scale, None, "dequantise")
+    kernel = "int8" if weight_format == "int8" else "dequantise"
+    result = rows * outputs * dtype.itemsize
+    given_weight = weight.nbytes if weight_format == "fp8" else 0
+    predicted = Linear(kernel, dtype.itemsize).scratch(rows, inputs, outputs) + result + given_weight
+    assert live.peak <= predicted <= 3 * live.peak + 2 * SLACK_BYTES
+
+
+def test_the_dead_tensors_are_those_of_the_last_block() -> None:
+    from qengine.engine.dit import block
+
+    assert set(block.DEAD_IN_LAST_BLOCK) == DEAD_IN_LAST_BLOCK
