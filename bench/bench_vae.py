@@ -1,4 +1,4 @@
-"""The image VAE at its real size (base 96, random weights, float32, CPU): against diffusers, and with weights of a byte."""
+"""The image VAE at its real size (base 96, random weights, float32, CPU) against diffusers, and in one-byte weights."""
 
 # pyright: reportPrivateImportUsage=false
 

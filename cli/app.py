@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 SPELLING_HELP = (
     "Hyphens and underscores in option names are the same. Results go to stdout, everything else to stderr. "
-    "Exit codes: 0 done, 1 internal error, 2 usage, 3 bad file, 4 model missing or damaged, 6 out of memory, "
+    "Exit codes: 0 done, 1 internal error, 2 usage, 3 bad file, 4 model missing or damaged, "
+    "5 does not fit, 6 out of memory, "
     "7 no such device, 130 cancelled."
 )
 
@@ -34,6 +35,11 @@ GENERATE_HELP = (
 INFO_HELP = (
     "Say what made a picture, or what a model is.\n\n"
     "SUBJECT is a picture made by qengine, or a model as --model names it."
+)
+PLAN_HELP = (
+    "Say what a run would take, before anything is loaded.\n\nqengine plan MODEL --ref photo.jpg --vram 12GiB "
+    "--ram 32GiB\n\nReads headers only: sizes of all components, where each block would lie, the peaks of every phase, "
+    "and the command that asks for it. Exit code 5 where it does not fit, with what would."
 )
 RERUN_HELP = (
     "Repeat the run that made a picture.\n\nOn the same machine's CPU the result is the same "
@@ -68,6 +74,7 @@ def _commands() -> list[click.Command]:
         Command("edit", _edit, options.EDIT_SECTIONS, [("words", "[IMAGE]... [PROMPT]", True)], EDIT_HELP),
         Command("generate", _generate, options.GENERATE_SECTIONS, [("words", "[PROMPT]", True)], GENERATE_HELP),
         Command("rerun", _rerun, options.RERUN_SECTIONS, [("picture", "PICTURE", False)], RERUN_HELP),
+        Command("plan", _plan, options.PLAN_SECTIONS, [("words", "[MODEL]", True)], PLAN_HELP),
         Command("info", _info, options.INFO_SECTIONS, [("words", "[SUBJECT]", True)], INFO_HELP),
         Command("pull", _pull, options.MODEL_SECTIONS, model, "Download a model into the hub's cache; resumes."),
         Command("ls", _ls, options.PLAIN_SECTIONS, (), "List the models that are here."),
@@ -136,6 +143,12 @@ def _rerun(picture: str, **values: Any) -> int:
 
     talk = _talk(values)
     return carry_out(rerun_order(Path(picture), values, talk), talk)
+
+
+def _plan(words: tuple[str, ...], **values: Any) -> int:
+    from .plan import show
+
+    return show(words, values)
 
 
 def _info(words: tuple[str, ...], **values: Any) -> int:

@@ -193,6 +193,72 @@ DEVICE = (
     Flag(name="--dtype", choices=DTYPES, help="Compute type; auto is float32 on a CPU and bfloat16 on CUDA."),
 )
 
+WEIGHTS = ("auto", "bf16", "int8", "fp8")
+OFFLOADS = ("auto", "none", "blocks", "sequential")
+
+MEMORY = (
+    Flag(
+        name="--vram",
+        metavar="SIZE",
+        help="Never use more device memory: 12GiB, 512MiB, 12GB (10^9 bytes); a bare number is GiB. By default what is "
+        "free now, less a margin.",
+    ),
+    Flag(
+        name="--ram",
+        metavar="SIZE",
+        help="Never use more host memory; weights that do not fit are streamed from the disk. Default as --vram.",
+    ),
+    Flag(
+        name="--weights",
+        choices=WEIGHTS,
+        help="Weight format. auto is int8 or fp8 by the card's architecture, and as stored on a CPU.",
+    ),
+    Flag(
+        name="--fp8-scaled",
+        also=("--fp8_scaled", "--fp8_base"),
+        kind="switch",
+        help="As --weights fp8: rows with a scale each.",
+    ),
+    Flag(name="--fp8-vl", also=("--fp8_vl",), kind="switch", help="As --text-encoder-weights fp8."),
+    Flag(
+        name="--text-encoder-weights",
+        choices=WEIGHTS,
+        help="Weight format of the text encoder; auto follows --weights.",
+    ),
+    Flag(
+        name="--blocks-to-swap",
+        also=("--blocks_to_swap",),
+        kind="int",
+        metavar="N",
+        help="Stream N of the transformer's blocks from host memory; by default the fewest that fit.",
+    ),
+    Flag(
+        name="--offload",
+        choices=OFFLOADS,
+        help="none keeps every block on the device, sequential streams every block and holds one component at a time.",
+    ),
+    Flag(
+        name="--text-encoder-cpu",
+        also=("--text_encoder_cpu",),
+        kind="switch",
+        help="Run the text encoder on the CPU; it changes the last bits of the picture.",
+    ),
+    Flag(
+        name="--vae-tile", kind="int", metavar="N", help="Rows of pixels that the VAE works at a time; fewer need less."
+    ),
+    Flag(name="--vae-weights", choices=WEIGHTS[1:], help="Weight format of the VAE's convolutions; bf16 by default."),
+)
+
+HYPOTHETICAL = (
+    Flag(
+        name="--architecture",
+        kind="int",
+        metavar="N",
+        help="Plan for a card of this compute capability (86 is 8.6) that is not here; 86 when --vram is given and "
+        "there is no card.",
+    ),
+)
+
 OUTPUT = (
     Flag(
         name="--output",
@@ -239,6 +305,7 @@ EDIT_SECTIONS = {
     "Request": REQUEST,
     "Model": MODEL + VARIANT,
     "Device": DEVICE,
+    "Memory": MEMORY,
     "Output": OUTPUT + NAMING,
     "Words": TALK,
 }
@@ -246,7 +313,15 @@ GENERATE_SECTIONS = {
     "Request": tuple(flag for flag in REQUEST if flag.key != "ref"),
     "Model": MODEL,
     "Device": DEVICE,
+    "Memory": MEMORY,
     "Output": OUTPUT,
+    "Words": TALK,
+}
+PLAN_SECTIONS = {
+    "Memory": MEMORY + HYPOTHETICAL,
+    "Request": tuple(flag for flag in REQUEST if flag.key not in ("seed", "count")),
+    "Model": tuple(flag for flag in MODEL if flag.key != "model") + VARIANT,
+    "Device": DEVICE,
     "Words": TALK,
 }
 RERUN_SECTIONS = {

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import CheckpointError, InputError, RequestError
 from .expand import looks_like_picture
+from .memory import memory_choice
 from .options import DEFAULT_SEED, OUTPUT_TYPES
 from .outputs import Wish
 
@@ -201,7 +202,7 @@ def _order(kind: str, prompt: str, images: tuple[Path, ...], values: Values, wis
         images=images,
         request={"prompt": prompt, **request_fields(values)},
         seeds=seeds_of(values["seed"], values["count"]),
-        model={**model_choice(values), **device_choice(values)},
+        model={**model_choice(values), **device_choice(values), **memory_choice(values)},
         wish=wish,
         preview=Path(values["preview"]) if values["preview"] else None,
         metadata=not values["no_metadata"],

@@ -1,10 +1,11 @@
-"""The parts of an opened model, loaded when first needed and freed in the order a run needs them."""
+"""The parts of an opened model: loaded when a phase first needs them, held and freed as the plan says."""
 
 from __future__ import annotations
 
 import logging
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,15 +16,16 @@ from ..loaders import ModelSource
 from .conditioning import Conditioning, ConditioningCache
 from .dit import QwenImageTransformer
 from .encoder import PromptEncoder
+from .mover import Placement, Tape
+from .plan import PhasePlan, Plan
+from .stack import Hold
+from .stack.pack import Progress
 from .vae import ImageVAE
 
 if TYPE_CHECKING:
     from PIL import Image
 
 logger = logging.getLogger(__name__)
-
-KEEP_ENCODER_BELOW_BYTES = 1 << 30
-"""An encoder smaller than this stays between requests; a larger one is freed before the transformer is read."""
 
 _DTYPES = {
     "float32": torch.float32,
@@ -84,14 +86,31 @@ class Components:
         source: what was opened.
         device: where everything runs.
         dtype: compute dtype.
-        cache: folder of cached conditioning and modulation rows; None takes :func:`default_cache`.
+        cache: folder of cached conditioning, modulation rows and packed files; None takes :func:`default_cache`.
+        packed: the transformer's packed file; None takes one in the cache where the format needs it.
+        progress: called with bytes done and in all while blocks are packed.
+
+    Attributes:
+        plan: how the run under way is carried out.
+        log: what was loaded and freed, in order: ``load transformer``, ``free text_encoder``.
     """
 
-    def __init__(self, source: ModelSource, device: torch.device, dtype: torch.dtype, cache: Path | None) -> None:
+    def __init__(
+        self,
+        source: ModelSource,
+        device: torch.device,
+        dtype: torch.dtype,
+        cache: Path | None,
+        packed: Path | None = None,
+        progress: Progress = lambda done, total: None,
+    ) -> None:
         self.source = source
         self.device = device
         self.dtype = dtype
+        self.plan: Plan | None = None
+        self.log: list[str] = []
         self._cache = cache or default_cache()
+        self._packed, self._progress = packed, progress
         self._conditioning = ConditioningCache(self._cache / "conditioning")
         self._encoder: PromptEncoder | None = None
         self._transformer: QwenImageTransformer | None = None
@@ -102,21 +121,121 @@ class Components:
         """Pixels per token side: the VAE's factor times the patch of 2."""
         return 2 * 2 ** len(self.source.vae.config["temperal_downsample"])
 
+    def enter(self, phase: str) -> None:
+        """Free what the plan does not keep beside a phase, before anything of the phase is loaded."""
+        plan = self.planned
+        component = plan.phase(phase).component
+        for other in ("text_encoder", "transformer", "vae"):
+            if other != component and other not in plan.kept_on_device:
+                self.free(other, keep_host=other in plan.kept_on_host)
+
+    def free(self, component: str, *, keep_host: bool = False) -> None:
+        """Free a component; its streamed slabs may stay in host memory.
+
+        Args:
+            component: ``text_encoder``, ``transformer`` or ``vae``.
+            keep_host: keep the slabs that lie on the host.
+        """
+        tape = self.tape(component)
+        if keep_host and tape is not None and tape.host_bytes:
+            if not tape.suspended:
+                self.log.append(f"suspend {component}")
+                tape.suspend()
+            return
+        if component == "text_encoder" and self._encoder is not None:
+            self.log += ["free text_encoder"] if self._encoder.loaded else []
+            self._encoder.release()
+        elif component == "transformer" and self._transformer is not None:
+            self.log.append("free transformer")
+            self._transformer.close()
+            self._transformer = None
+        elif component == "vae" and self._vae is not None:
+            self.log.append("free vae")
+            self._vae = None
+
+    def tape(self, component: str) -> Tape | None:
+        """The blocks of a component, if they are loaded."""
+        if component == "transformer":
+            return None if self._transformer is None else self._transformer.blocks
+        return self._encoder.tape if component == "text_encoder" and self._encoder is not None else None
+
+    def shrink(self, phase: str) -> str:
+        """Make room after an out-of-memory error: free every other component, then stream half of what is resident.
+
+        Returns:
+            What was done, for the notes.
+        """
+        component = self.planned.phase(phase).component
+        for other in ("text_encoder", "transformer", "vae"):
+            if other != component:
+                self.free(other)
+        tape = self.tape(component)
+        if tape is not None:
+            self._demote(component, tape)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        streamed = "" if tape is None else f", {len(tape.placement.streamed)} of {len(tape)} blocks streamed"
+        return f"{phase} ran out of memory and is tried again{streamed}"
+
+    def _demote(self, component: str, tape: Tape) -> None:
+        resident = len(tape) - len(tape.placement.streamed)
+        if resident == 0 or tape.placement.host == "mapped":
+            self.free(component)
+            return
+        try:
+            tape.demote(-(-resident // 2))
+        except (RuntimeError, MemoryError):
+            self.free(component)
+
     @property
     def vae(self) -> ImageVAE:
         """The image VAE."""
         if self._vae is None:
-            self._vae = ImageVAE.load(self.source.vae, device=self.device, dtype=self.dtype)
+            plan = self.planned
+            self.log.append("load vae")
+            self._vae = ImageVAE.load(
+                self.source.vae,
+                device=self.device,
+                dtype=self.dtype,
+                vae_tile=plan.cut.tile_pixels,
+                weight_format=plan.formats.vae,
+            )
         return self._vae
 
     @property
     def transformer(self) -> QwenImageTransformer:
-        """The diffusion transformer."""
-        if self._transformer is None:
-            self._transformer = QwenImageTransformer.load(
-                self.source.transformer, device=self.device, dtype=self.dtype, cache=self._cache
-            )
+        """The diffusion transformer, at least as much of it streamed as the plan says."""
+        phase = self.planned.phase("denoise")
+        if self._transformer is not None:
+            _follow(self._transformer.blocks, phase)
+            return self._transformer
+        self.log.append("load transformer")
+        self._transformer = QwenImageTransformer.load(
+            self.source.transformer,
+            device=self.device,
+            dtype=self.dtype,
+            cache=self._cache,
+            hold=Hold(phase.weight_format, _placement(phase), self._packed),
+            progress=self._progress,
+        )
         return self._transformer
+
+    @property
+    def encoder(self) -> PromptEncoder:
+        """The prompt encoder; nothing of it is loaded before it encodes."""
+        plan = self.planned
+        phase = plan.phase("encode")
+        if self._encoder is None:
+            self._encoder = PromptEncoder(
+                self.source,
+                torch.device("cpu") if phase.device == "cpu" else self.device,
+                self.dtype,
+                hold=Hold(phase.weight_format, _placement(phase)),
+                cache=self._cache,
+                alone="text_encoder" not in plan.kept_on_device,
+                progress=self._progress,
+            )
+        return self._encoder
 
     def condition(
         self,
@@ -138,26 +257,61 @@ class Components:
         Returns:
             The conditioning, and whether it came from the cache.
         """
-        encoder = self._encoder or PromptEncoder(self.source, self.device, self.dtype)
+        encoder = self.encoder
         prompts = [prompt] if negative is None else [prompt, negative]
         key = encoder.key(prompts, pictures, template)
         known = self._conditioning.get(key)
         if known is not None:
             return known, True
+        self.enter("encode")
+        if not encoder.loaded:
+            self.log.append("load text_encoder")
+        elif encoder.tape is not None:
+            _follow(encoder.tape, self.planned.phase("encode"))
         embeds = encoder.encode(prompts, pictures, template, check=check)
         made = Conditioning(embeds[0], embeds[1] if negative is not None else None, key)
         self._conditioning.put(made)
-        self._keep_or_free(encoder)
         return made, False
 
-    def _keep_or_free(self, encoder: PromptEncoder) -> None:
-        if self.source.text_encoder.checkpoint.nbytes <= KEEP_ENCODER_BELOW_BYTES:
-            self._encoder = encoder
-        else:
-            encoder.release()
+    def release(self, *, vram: bool = True, ram: bool = True) -> None:
+        """Free weights on the device, and those in host memory.
 
-    def release(self) -> None:
-        """Free every weight."""
-        if self._encoder is not None:
-            self._encoder.release()
-        self._encoder = self._transformer = self._vae = None
+        Args:
+            vram: what lies on the device.
+            ram: streamed slabs that lie in host memory.
+        """
+        for component in ("text_encoder", "transformer", "vae"):
+            if vram:
+                self.free(component, keep_host=not ram)
+        if vram and ram:
+            self._encoder = None
+
+    def rest(self) -> None:
+        """Stop what is being copied ahead."""
+        for component in ("text_encoder", "transformer"):
+            tape = self.tape(component)
+            if tape is not None and not tape.suspended:
+                tape.rest()
+
+    @property
+    def planned(self) -> Plan:
+        """The plan of the run under way."""
+        if self.plan is None:
+            raise RuntimeError("a run must be planned before a component is used")
+        return self.plan
+
+
+def _placement(phase: PhasePlan) -> Placement | None:
+    return None if phase.blocks is None else phase.blocks.placement
+
+
+def _follow(tape: Tape, phase: PhasePlan) -> None:
+    """Bring a loaded tape onto the device, and stream what a plan streams beyond what it already does."""
+    placement = _placement(phase)
+    if placement is not None and tape.placement.host == placement.host:
+        streamed = tuple(sorted({*tape.placement.streamed, *placement.streamed}))
+        if streamed != tape.placement.streamed:
+            slots = max(tape.placement.slots, placement.slots)
+            tape.replace(replace(tape.placement, streamed=streamed, slots=slots))
+    if tape.suspended:
+        tape.resume()

@@ -12,13 +12,36 @@ from PIL import Image
 from ..errors import RequestError
 from .components import Components
 from .conditioning import Conditioning
-from .dit import Branch, ModulationTable, QwenImageTransformer
+from .dit import Branch, ModulationTable
 from .events import Step
 from .job import Geometry, Job
 from .latents import combine, initial_noise, pack, unpack
 from .picture import resize, to_tensor
 from .schedule import Schedule, make_schedule
 from .state import RunState
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the VAE gives to a run before the transformer is loaded.
+
+    Attributes:
+        references: packed clean latents of all references [1, tokens, 4z], or None.
+        projection: affine map from latents to RGB for previews.
+        channels: latent channels z.
+    """
+
+    references: torch.Tensor | None
+    projection: torch.Tensor
+    channels: int
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, job: Job, components: Components) -> Seen:
+        """Encode the references of a run."""
+        components.enter("reference")
+        vae = components.vae
+        return cls(_encode_references(job, components), vae.rgb_projection(), vae.latent_channels)
 
 
 @dataclass(frozen=True)
@@ -29,35 +52,35 @@ class Denoiser:
         job: the resolved request.
         key: identity of the run.
         schedule: noise levels.
-        transformer: the network.
+        components: the network among them.
+        seen: what the VAE gave.
         branches: prompt, and negative prompt where guidance is on.
-        references: packed clean latents of all references [1, tokens, 4z], or None.
         table: modulation rows of every step.
-        projection: affine map from latents to RGB for previews.
-        channels: latent channels z.
         check: raises to stop the run.
     """
 
     job: Job
     key: str
     schedule: Schedule
-    transformer: QwenImageTransformer
+    components: Components
+    seen: Seen
     branches: tuple[Branch, ...]
-    references: torch.Tensor | None
     table: ModulationTable
-    projection: torch.Tensor
-    channels: int
     check: Callable[[], None]
 
     @classmethod
     @torch.no_grad()
     def prepare(
-        cls, job: Job, conditioning: Conditioning, components: Components, key: str, check: Callable[[], None]
+        cls,
+        job: Job,
+        conditioning: Conditioning,
+        seen: Seen,
+        components: Components,
+        key: str,
+        check: Callable[[], None],
     ) -> Denoiser:
-        """Encode the references, embed the prompts, fix the schedule and its modulation rows."""
-        vae = components.vae
-        references = _encode_references(job, components)
-        check()
+        """Embed the prompts, fix the schedule and its modulation rows."""
+        components.enter("denoise")
         transformer = components.transformer
         grids = [job.target.grid, *(reference.grid for reference in job.references)]
         prompts = [conditioning.prompt_embeds]
@@ -75,12 +98,10 @@ class Denoiser:
             job=job,
             key=key,
             schedule=schedule,
-            transformer=transformer,
+            components=components,
+            seen=seen,
             branches=tuple(transformer.branch(prompt, grids) for prompt in prompts),
-            references=references,
             table=transformer.table(timesteps),
-            projection=vae.rgb_projection(),
-            channels=vae.latent_channels,
             check=check,
         )
 
@@ -91,7 +112,7 @@ class Denoiser:
 
     def start(self) -> RunState:
         """The state before the first step: pure noise."""
-        noise = initial_noise(self.job.seed, self.channels, *self.job.target.grid)
+        noise = initial_noise(self.job.seed, self.seen.channels, *self.job.target.grid)
         return RunState(self.key, 0, self.job.target.grid, noise.to(self.branches[0].text.device))
 
     def accept(self, state: RunState) -> RunState:
@@ -112,12 +133,13 @@ class Denoiser:
         """Do step ``state.next_step``; ``state`` is not changed, so a failed step can be tried again."""
         index = state.next_step
         dtype = self.branches[0].text.dtype
-        velocities = self.transformer.velocity(
+        velocities = self.components.transformer.velocity(
             state.latent_tokens.to(dtype),
-            self.references,
+            self.seen.references,
             self.branches,
             self.table,
             self.schedule.timestep(index, dtype),
+            more=index + 1 < self.total,
             check=self.check,
         )
         velocity = _guide([v.float() for v in velocities], self.job.true_cfg_scale)
@@ -130,7 +152,7 @@ class Denoiser:
             sigma_next=sigma_next,
             state=RunState(state.key, index + 1, state.grid, latents),
             predicted=unpack(state.latent_tokens - sigma * velocity, *state.grid),
-            projection=self.projection,
+            projection=self.seen.projection,
             size=(self.job.target.width, self.job.target.height),
         )
 

@@ -82,11 +82,13 @@ class Decoded:
         image: RGB picture of exactly the asked size.
         latents: final latents, float32 [1, z, 1, h, w], on the CPU.
         metadata: everything that ``rerun`` needs, as JSON values.
+        notes: what happened on the way and should be told, one sentence each.
     """
 
     image: Image.Image
     latents: torch.Tensor = field(repr=False)
     metadata: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,26 @@ import torch
 from ..loaders import ModelSource
 from ..version import __version__
 from .job import Job
+from .plan import Plan
 
 FORMAT = 1
 
 
-def describe(job: Job, source: ModelSource, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def numerics(plan: Plan) -> dict[str, str]:
+    """The recorded choices that decide bits beside request, model and device: weight formats, component devices, tile.
+
+    Placement is not among them: it never changes a bit.
+    """
+    return {
+        "weights": plan.formats.transformer,
+        "text_encoder_weights": plan.formats.encoder,
+        "vae_weights": plan.formats.vae,
+        "text_encoder_device": plan.phase("encode").device,
+        "vae_tile": "" if plan.cut.tile_pixels is None else str(plan.cut.tile_pixels),
+    }
+
+
+def describe(job: Job, source: ModelSource, plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
     """JSON values that fix a run: request with every number resolved, model, pictures, device, versions."""
     return {
         "format": FORMAT,
@@ -22,7 +37,8 @@ def describe(job: Job, source: ModelSource, device: torch.device, dtype: torch.d
         "model": {"label": source.label, "variant": source.variant, "fingerprint": source.fingerprint},
         "request": job.record(),
         "inputs": [{"path": picture.label, "sha256": picture.sha256} for picture in job.pictures],
-        "device": device.type,
+        "device": plan.device.kind,
+        "numerics": numerics(plan),
         "dtype": str(dtype).removeprefix("torch."),
         "torch": torch.__version__,
     }

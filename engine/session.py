@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import Cancelled, RequestError
+from ..errors import Cancelled
 from ..loaders import ModelSource, open_model
+from .ceiling import Ceiling, make_ceiling
 from .components import Components, pick_device, pick_dtype
 from .conditioning import Conditioning
 from .defaults import DEFAULTS, Defaults
-from .denoise import Denoiser
+from .denoise import Denoiser, Seen
 from .events import Decoded, Encoded, Result, Step
 from .job import Job, resolve
+from .ladder import Ladder, Turn, what_would_fit
 from .latents import unpack
+from .measure import device_facts
 from .picture import resize, to_picture
-from .record import describe
+from .plan import Budget, Choices, JobFacts, ModelFacts, Plan, make_plan
+from .record import describe, numerics
 from .request import EditRequest, GenerateRequest
 from .state import RunState
 
@@ -34,17 +39,27 @@ if TYPE_CHECKING:
 class Engine:
     """An opened model. Use :meth:`open`, and ``with`` to free it.
 
-    One run at a time; :meth:`cancel` may be called from any thread.
+    One run at a time: :meth:`edit` and :meth:`generate` of other threads wait, :meth:`stream` refuses.
+    :meth:`cancel` may be called from any thread.
+
+    Args:
+        source: the opened model.
+        components: its parts.
+        budget: ceilings.
+        choices: how the weights are held.
     """
 
-    def __init__(self, source: ModelSource, components: Components) -> None:
+    def __init__(self, source: ModelSource, components: Components, budget: Budget, choices: Choices) -> None:
         self.source = source
         self._components = components
-        self._running = threading.Lock()
+        self._budget, self._choices = budget, choices
+        self._facts = ModelFacts.of(source)
+        self._turn = Turn()
+        self._ceiling: Ceiling | None = None
         self._cancelled = threading.Event()
 
     @classmethod
-    def open(
+    def open(  # noqa: PLR0913 (a public front, all but the first by name)
         cls,
         model: str | PathLike[str] | None = None,
         *,
@@ -52,6 +67,10 @@ class Engine:
         dtype: str | torch.dtype = "auto",
         offline: bool = False,
         cache_dir: str | PathLike[str] | None = None,
+        budget: Budget | None = None,
+        choices: Choices | None = None,
+        packed: str | PathLike[str] | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
         **files: Any,
     ) -> Engine:
         """Read a model's headers; weights are read when a run first needs them.
@@ -61,7 +80,13 @@ class Engine:
             device: ``auto`` (CUDA if there is one, else CPU), ``cpu``, ``cuda`` or ``cuda:1``.
             dtype: ``auto`` (float32 on a CPU, bfloat16 on CUDA), ``float32`` or ``bfloat16``.
             offline: never ask the hub.
-            cache_dir: folder of cached conditioning and modulation rows; None takes ``QENGINE_CACHE``, else the user's.
+            cache_dir: folder of cached conditioning, modulation rows and packed files; None takes ``QENGINE_CACHE``,
+                else the user's.
+            budget: ceilings of device and host memory; on CUDA the allocator is limited while a phase runs, on a CPU
+                every operation is counted. None takes what is free when a run is planned, less a margin.
+            choices: weight formats, streaming, VAE tile; None follows the rules of the device.
+            packed: a packed file of the transformer, made by ``qengine pack``; None keeps one in the cache.
+            progress: called with bytes done and in all while weights are packed.
             files: ``dit``, ``vae``, ``text_encoder`` (all three) and ``tokenizer`` for single files, ``model_version``.
 
         Raises:
@@ -71,8 +96,9 @@ class Engine:
         """
         place = pick_device(device)
         source = open_model(model if model is None else fspath(model), offline=offline, **files)
-        where = None if cache_dir is None else Path(cache_dir)
-        return cls(source, Components(source, place, pick_dtype(dtype, place), where))
+        where, file = (None if path is None else Path(path) for path in (cache_dir, packed))
+        components = Components(source, place, pick_dtype(dtype, place), where, file, progress)
+        return cls(source, components, budget or Budget(), choices or Choices())
 
     @property
     def device(self) -> torch.device:
@@ -95,7 +121,25 @@ class Engine:
         """What the model does when a request leaves a field open."""
         return DEFAULTS[self.source.defaults]
 
-    def stream(self, request: GenerateRequest, *, resume: RunState | None = None) -> Iterator[Encoded | Step | Decoded]:
+    def plan(self, request: GenerateRequest) -> Plan:
+        """How a request would be carried out now: formats, placement, predicted peaks; nothing is loaded.
+
+        Raises:
+            PlanError: it does not fit the ceilings; the message says what would.
+            RequestError: the model does not do what is asked.
+            InputError: a picture cannot be used.
+        """
+        return self._plan(resolve(request, self.defaults, self._components.multiple))
+
+    def _plan(self, job: Job) -> Plan:
+        return make_plan(self._facts, self._job_facts(job), self._budget, device_facts(self.device), self._choices)
+
+    def _job_facts(self, job: Job) -> JobFacts:
+        return JobFacts.of(job, self.source.processor_config, dtype=str(self.dtype).removeprefix("torch."))
+
+    def stream(
+        self, request: GenerateRequest, *, resume: RunState | None = None, wait: bool = False
+    ) -> Iterator[Encoded | Step | Decoded]:
         """Run a request: encode, denoise, decode, in that order.
 
         Leaving the loop (``break``, an exception, closing the generator) ends the run.
@@ -103,6 +147,7 @@ class Engine:
         Args:
             request: what to make.
             resume: a state of the same run to go on from; the steps before it are not done again.
+            wait: wait for a run under way in another thread.
 
         Yields:
             Encoded once, Step per step, Decoded once.
@@ -111,25 +156,27 @@ class Engine:
             RequestError: the model does not do what is asked, a run is under way, or ``resume`` is of another run.
             InputError: a picture cannot be used.
             Cancelled: :meth:`cancel` was called.
+            PlanError: the request does not fit the ceilings.
+            MemoryLadderError: memory ran out after every retry.
         """
-        if not self._running.acquire(blocking=False):
-            raise RequestError(
-                "an engine must run one request at a time, got a second", hint="finish or close the first"
-            )
-        try:
+        with self._turn.take(wait=wait):
             self._cancelled.clear()
             job = resolve(request, self.defaults, self._components.multiple)
-            conditioning, cached = self._encode(job)
-            yield Encoded(conditioning, cached, self.source.notes + job.notes)
-            denoiser = self._denoiser(job, conditioning)
-            state = denoiser.start() if resume is None else denoiser.accept(resume)
-            while state.next_step < denoiser.total:
-                step = denoiser.advance(state)
-                state = step.state
-                yield step
-            yield self._decode(job, state)
-        finally:
-            self._running.release()
+            plan = self._components.plan = self._plan(job)
+            ladder = self._ladder(plan)
+            climb = partial(ladder.climb, fitting=lambda: self._fitting(job, plan))
+            try:
+                conditioning, cached = climb("encode", lambda: self._encode(job))
+                yield Encoded(conditioning, cached, self.source.notes + job.notes + self._words(plan))
+                denoiser = self._denoiser(job, conditioning, climb)
+                state = denoiser.start() if resume is None else denoiser.accept(resume)
+                while state.next_step < denoiser.total:
+                    step = climb("denoise", partial(denoiser.advance, state))
+                    state = step.state
+                    yield step
+                yield climb("decode", lambda: self._decode(job, plan, state, ladder))
+            finally:
+                self._components.rest()
 
     def edit(self, images: Picture | list[Picture] | tuple[Picture, ...], prompt: str, **options: Any) -> Result:
         """Edit one picture or several; ``options`` are the fields of :class:`EditRequest`."""
@@ -143,6 +190,19 @@ class Engine:
     def cancel(self) -> None:
         """Stop the run under way before its next block; safe from any thread. The stream raises Cancelled."""
         self._cancelled.set()
+
+    def release(self, *, vram: bool = True, ram: bool = True) -> None:
+        """Free weights between runs; the next run reads them again.
+
+        Args:
+            vram: what lies on the device.
+            ram: streamed weights in host memory; ``release(ram=False)`` keeps them for a quick return.
+
+        Raises:
+            RequestError: a run is under way.
+        """
+        with self._turn.take(wait=False):
+            self._components.release(vram=vram, ram=ram)
 
     def close(self) -> None:
         """Free the weights. The engine can be used again and reads them anew."""
@@ -163,32 +223,52 @@ class Engine:
         pictures = [resize(picture.image, *size) for picture, size in zip(job.pictures, job.conditions, strict=True)]
         return self._components.condition(job.prompt, job.negative_prompt, pictures, job.template, self._check)
 
-    def _denoiser(self, job: Job, conditioning: Conditioning) -> Denoiser:
+    def _denoiser(self, job: Job, conditioning: Conditioning, climb: Callable[..., Any]) -> Denoiser:
         self._check()
-        return Denoiser.prepare(job, conditioning, self._components, self._key(job), self._check)
+        seen = climb("reference", lambda: Seen.of(job, self._components))
+        self._check()
+        key = self._key(job)
+        return climb("denoise", lambda: Denoiser.prepare(job, conditioning, seen, self._components, key, self._check))
 
-    def _decode(self, job: Job, state: RunState) -> Decoded:
+    def _decode(self, job: Job, plan: Plan, state: RunState, ladder: Ladder) -> Decoded:
         self._check()
+        self._components.enter("decode")
         latents = unpack(state.latent_tokens, *state.grid)
         pixels = self._components.vae.decode(latents.to(self.device, self.dtype))
         image = to_picture(pixels[..., : job.target.height, : job.target.width].float().cpu())
-        return Decoded(image, latents.cpu(), describe(job, self.source, self.device, self.dtype))
+        record = describe(job, self.source, plan, self.dtype)
+        return Decoded(image, latents.cpu(), record, tuple(ladder.notes))
+
+    def _ladder(self, plan: Plan) -> Ladder:
+        if self._ceiling is None:
+            limit = plan.ceilings.vram_bytes if self._budget.vram_bytes is not None else None
+            self._ceiling = make_ceiling(self.device, limit, plan.device.context_bytes)
+        return Ladder(self._components, self._ceiling)
+
+    def _fitting(self, job: Job, plan: Plan) -> str:
+        return what_would_fit(self._facts, self._job_facts(job), plan, self._budget, self._choices)
+
+    def _words(self, plan: Plan) -> tuple[str, ...]:
+        """Notes of the plan, where there was something to decide."""
+        asked = self._budget != Budget() or self._choices != Choices() or self.device.type != "cpu"
+        return plan.notes if asked else ()
 
     def _key(self, job: Job) -> str:
-        return job.key({"model": self.source.fingerprint, "dtype": str(self.dtype), "device": self.device.type})
+        surroundings = {"model": self.source.fingerprint, "dtype": str(self.dtype), "device": self.device.type}
+        return job.key(surroundings | numerics(self._components.planned))
 
     def _finish(self, request: GenerateRequest) -> Result:
         seconds = {"encode": 0.0, "denoise": 0.0, "decode": 0.0}
         notes: tuple[str, ...] = ()
         before = time.perf_counter()
-        for event in self.stream(request):
+        for event in self.stream(request, wait=True):
             now = time.perf_counter()
             seconds[_PHASES[type(event)]] += now - before
             before = now
             if isinstance(event, Encoded):
                 notes = event.notes
             elif isinstance(event, Decoded):
-                return Result(event.image, event.latents, event.metadata, notes, seconds)
+                return Result(event.image, event.latents, event.metadata, notes + event.notes, seconds)
         raise RuntimeError("a stream ended without a picture")
 
 

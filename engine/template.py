@@ -1,8 +1,9 @@
 """One block that runs as every block of a stack.
 
 A *slab* holds every tensor of one block in one contiguous run of bytes; a *tape* (``mover``) is the sequence of slabs
-in execution order; the *template* is one block whose parameters are rebound to views of slab ``i`` before block ``i`` runs.
-Where a slab lies (device, host, file) is the tape's affair alone, so the block never knows and the bits never change.
+in execution order; the *template* is one block whose parameters are rebound to views of slab ``i`` before block ``i``
+runs. Where a slab lies (device, host, file) is the tape's affair alone, so the block never knows and the bits never
+change.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 class Template(Generic[Block]):
     """One block, built on the meta device, that runs as any block of a tape.
 
+    In a ``with`` statement, the template lets go of the last slab at the end.
+
     Args:
         module: a block whose parameters live on the meta device.
     """
@@ -69,3 +72,10 @@ class Template(Generic[Block]):
         for name, (parameters, leaf) in self._places.items():
             parameters[leaf] = views.get(name, self._meta[name])
         return self.module
+
+    def __enter__(self) -> Template[Block]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let go of the last slab, so that its memory can be freed."""
+        self.bind({})

@@ -225,7 +225,7 @@ class QwenImageTransformer:
         states = [(embedded.clone(), branch.text.clone(), branch.rotations) for branch in branches]
         zero_cond_t = self.config.zero_cond_t and reference_tokens is not None
         last, outputs = len(self.blocks) - 1, []
-        with closing(self.blocks.sweep(more)) as visits:
+        with closing(self.blocks.sweep(more)) as visits, self._template:
             for index, views in visits:
                 check()
                 block = self._template.bind(views)

@@ -99,7 +99,7 @@ class LanguageModel:
         states = [segment.hidden[None] for segment in segments]
         rotations = [self._rotary(states[0], segment.positions[:, None].to(self._device)) for segment in segments]
         masks = [self._mask(len(common.hidden), len(segment.hidden)) for segment in endings]
-        with closing(self.tape.sweep(more=False)) as visits:
+        with closing(self.tape.sweep(more=False)) as visits, self._layer:
             for index, views in visits:
                 on_layer(index)
                 states = _visit(self._layer.bind(views), states, rotations, masks)

@@ -99,6 +99,11 @@ class PromptEncoder:
         self._vision = None
 
     @property
+    def loaded(self) -> bool:
+        """Some weights are held."""
+        return self._language is not None or self._vision is not None
+
+    @property
     def tape(self) -> Tape | None:
         """The decoder layers, if they are loaded."""
         return None if self._language is None else self._language.tape

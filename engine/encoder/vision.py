@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,9 +64,11 @@ class VisionTower:
         cosine, sine = self._rotation(patches)
         place = order.to(self._device)
         hidden, cosine, sine = (_permuted(rows, place, unit) for rows in (hidden, cosine, sine))
-        for index, views in self._tape.sweep(more=False):
-            lengths = whole_lengths if index in self._config.fullatt_block_indexes else window_lengths
-            hidden = self._block.bind(views)(hidden, cu_seqlens=_boundaries(lengths), position_embeddings=(cosine, sine))
+        with closing(self._tape.sweep(more=False)) as visits, self._block:
+            for index, views in visits:
+                lengths = whole_lengths if index in self._config.fullatt_block_indexes else window_lengths
+                block = self._block.bind(views)
+                hidden = block(hidden, cu_seqlens=_boundaries(lengths), position_embeddings=(cosine, sine))
         merged = self._merger(hidden)
         return merged[torch.argsort(place)]
 

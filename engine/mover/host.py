@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Protocol, runtime_checkable
@@ -10,7 +11,6 @@ import torch
 
 from ...errors import PlanError
 from ..layout import SLAB_ALIGNMENT_BYTES, SlabLayout
-from ..template import aligned_bytes
 
 CPU = torch.device("cpu")
 
@@ -79,6 +79,11 @@ class Host(Protocol):
         ...
 
 
+def anonymous(nbytes: int) -> torch.Tensor:
+    """Host memory of exactly this size at a page boundary, uint8 [nbytes], given back when the last view is gone."""
+    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
+
+
 class HostArena:
     """Slabs in anonymous host memory of exact size, read once and, for a CUDA device, page-locked once.
 
@@ -106,7 +111,7 @@ class HostArena:
         sizes = [self._layouts[block].nbytes for block in new]
         if not new:
             return
-        arena = aligned_bytes(sum(sizes), CPU)
+        arena = anonymous(sum(sizes))
         slabs = dict(zip(new, arena.split(sizes), strict=True))
         for block, slab in slabs.items():
             self._source.read(block, slab)

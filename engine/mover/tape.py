@@ -203,14 +203,27 @@ class Tape:
         self.rest()
         self._place(placement)
 
-    def close(self) -> None:
-        """Stop copying and free everything. May be called again."""
+    @property
+    def suspended(self) -> bool:
+        """Nothing lies on the device; a sweep needs :meth:`resume` first."""
+        return self._ring is None
+
+    def suspend(self) -> None:
+        """Give up what lies on the device; slabs in host memory stay."""
         self._turn = self._ring = None
         self._retire()
-        self._host.close()
         self._fixed.clear()
         self._slots.clear()
         self._slot_views.clear()
+
+    def resume(self) -> None:
+        """Lay the slabs out on the device again; only resident ones are read."""
+        self._place(self.placement)
+
+    def close(self) -> None:
+        """Stop copying and free everything. May be called again."""
+        self.suspend()
+        self._host.close()
 
     def _place(self, placement: Placement) -> None:
         if placement.blocks != len(self):

@@ -64,27 +64,27 @@ def step_bytes(model: TransformerFacts, job: JobFacts, s: int, linear: Linear) -
       ``(I + 2 L) d s``, rotations ``4 J h`` of head width ``h``, and prompt embeddings; latents, references, rows;
     - attention: modulated ``J``, queries, keys and values ``3 J``, one more ``J`` while the last of them are joined,
       and ``L``: ``(5 J + L) d s``; where keys are normalised and rotated, ``(2 J + 2 L) d s`` and float32 copies of
-      ``I d``: ``12 + s`` bytes each below float32 and 12 in it;
-    - feed-forward: the attention's updates ``J``, modulated ``I``, hidden before and after GELU ``8 I``:
-      ``(10 I + L) d s``; in the last block of a model without references ``11 I d s``;
+      the longer stream ``M = max(I, L)``: ``12 + s`` bytes per element below float32 and 12 in it;
+    - feed-forward: the attention's updates ``J``, modulated ``M``, hidden before and after GELU ``8 M``:
+      ``(9 M + J) d s``; in the last block of a model without references ``11 I d s``;
     - guidance after the last block: the branches' velocities and what combines them, in float32;
     - each with the scratch of the linear layer that runs there.
     """
     d, target, image = model.dim, job.target_tokens, job.target_tokens + job.reference_tokens
     text = max(job.text_tokens)
-    joint = image + text
+    joint, widest = image + text, max(image, text)
     rotated = FLOAT_BYTES * 3 + (s if s < FLOAT_BYTES else 0)
     attention = max(
         (5 * joint + text) * d * s,
-        (2 * joint + 2 * text) * d * s + rotated * image * d,
-        (3 * joint + 2 * text + image) * d * s + linear.scratch(joint, d, d),
+        (2 * joint + 2 * text) * d * s + rotated * widest * d,
+        (3 * joint + 2 * text + widest) * d * s + linear.scratch(joint, d, d),
     )
     copied = target if job.references else 0
     feed_forward = max(
-        (10 * image + text) * d * s,
+        (9 * widest + joint) * d * s,
         (image + 10 * target + copied) * d * s,
-        (joint + 5 * image) * d * s + linear.scratch(image, d, 4 * d),
-        (joint + 6 * image) * d * s + linear.scratch(image, 4 * d, d),
+        (joint + 5 * widest) * d * s + linear.scratch(widest, d, 4 * d),
+        (joint + 6 * widest) * d * s + linear.scratch(widest, 4 * d, d),
     )
     guidance = (2 * FLOAT_BYTES * job.branches + 4 * FLOAT_BYTES) * target * model.in_channels
     return _lasting(model, job, s) + max(attention, feed_forward, guidance)
@@ -116,19 +116,19 @@ def language_bytes(model: EncoderFacts, job: JobFacts, s: int, linear: Linear) -
     With ``D`` the width, ``F`` the feed-forward width, ``W`` and ``V`` the widths of queries and of keys, ``n`` the
     longest run of tokens and ``N`` all of them:
 
-    - through a pass: states before and after the layer ``2 N D s``, rotations ``2 N h s``, the common keys and values
-      and the masks of the endings;
-    - norm ``n D (12 + s)``; attention ``n (2 D + 6 W + 4 V) s`` and the endings' scores where a mask is used; and
-      feed-forward ``n (3 D + 3 F) s``.
+    - through a pass: states before and after the layer ``2 N D s``, rotations ``2 N h s``, the common keys and values,
+      the masks of the endings, and the pictures' patches and rows;
+    - norm ``n D (12 + s)``; attention ``n (2 D + 6 W + 4 V) s``; feed-forward ``n (3 D + 3 F) s``.
     """
     longest = max(job.prompt_tokens)
     total = job.shared_tokens + sum(count - job.shared_tokens for count in job.prompt_tokens)
     endings = [count - job.shared_tokens for count in job.prompt_tokens] if job.branches > 1 else []
     masks = sum(ending * longest for ending in endings) * (1 + s)
-    scores = max(endings, default=0) * longest * (model.width // model.head_dim) * max(s, FLOAT_BYTES)
     lasting = total * (2 * model.hidden + 2 * model.head_dim + 2 * model.kv_width) * s + masks
     lasting += total * (model.hidden + 6 * 8 + 2 * model.head_dim * FLOAT_BYTES)
-    attention = longest * (2 * model.hidden + 6 * model.width + 4 * model.kv_width) * s + scores
+    patches = sum(rows * columns for rows, columns in job.patches)
+    lasting += patches * model.patch_values * FLOAT_BYTES + patches // model.merge**2 * model.hidden * s
+    attention = longest * (2 * model.hidden + 6 * model.width + 4 * model.kv_width) * s
     feed_forward = longest * (3 * model.hidden + 3 * model.ffn) * s
     quantised = linear.scratch(longest, max(model.hidden, model.ffn), min(model.hidden, model.ffn))
     norm = longest * model.hidden * (3 * FLOAT_BYTES + s)

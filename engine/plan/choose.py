@@ -71,11 +71,12 @@ def phase_of(need: Need, device: DeviceFacts, blocks: Blocks | None, kept: Seque
     return PhasePlan(need.name, need.component, need.device, need.weight_format, blocks, tuple(vram), tuple(host))
 
 
-def least(need: Need, device: DeviceFacts, choices: Choices) -> tuple[int, int]:
-    """Fewest bytes of (VRAM, RAM) that each by itself could be brought down to."""
-    unlimited = Ceilings(1 << 60, 1 << 60)
+def least(need: Need, device: DeviceFacts, ceilings: Ceilings, choices: Choices) -> tuple[int, int]:
+    """(VRAM, RAM) of the smallest way to do a phase: by VRAM first where that is limited, else by RAM."""
+    unlimited = Ceilings(None if ceilings.vram_bytes is None else 1 << 60, 1 << 60)
     options = [phase_of(need, device, blocks) for blocks in _placements(need, device, unlimited, choices)]
-    return min(option.vram_bytes for option in options), min(option.host_bytes for option in options)
+    sizes = [(option.vram_bytes, option.host_bytes) for option in options]
+    return min(sizes) if ceilings.vram_bytes is not None else min(sizes, key=lambda pair: pair[1])
 
 
 def _slab_items(blocks: Blocks | None) -> Items:

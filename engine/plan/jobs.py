@@ -152,7 +152,7 @@ def patch_grid(width: int, height: int, processor: Mapping[str, Any]) -> Size:
     Source: huggingface/transformers:src/transformers/models/qwen2_vl/image_processing_qwen2_vl.py (smart_resize).
     """
     unit = processor["patch_size"] * processor["merge_size"]
-    rows, columns = max(1, round(height / unit)), max(1, round(width / unit))
+    rows, columns = round(height / unit), round(width / unit)
     area = rows * columns * unit * unit
     if area > processor["max_pixels"]:
         shrink = (height * width / processor["max_pixels"]) ** 0.5

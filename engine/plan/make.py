@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from ...errors import PlanError, QEngineError, RequestError
 from ..vae.cut import Cut
-from .budget import Budget, Choices, size_text
+from .budget import Budget, Choices, parse_size, size_text
 from .choose import Ceilings, Kept, least, place, with_kept
 from .facts import DeviceFacts, ModelFacts, Part
 from .jobs import JobFacts
@@ -30,7 +30,7 @@ class Plan:
         device: what it was made for.
         formats: weight formats and compute dtype.
         kernels: kernel per op.
-        phases: encode, reference (with pictures), denoise, decode; in order.
+        phases: encode, reference (the VAE before the transformer), denoise, decode; in order.
         cut: the bands of the VAE.
         vae_tile_rows: pixel rows of the output per band; depends on the size and the kind of device alone.
         ceilings: what may be used at most.
@@ -95,7 +95,7 @@ def make_plan(model: ModelFacts, job: JobFacts, budget: Budget, device: DeviceFa
     ceilings = _ceilings(budget, device, notes)
     made = needs(model, job, device, formats, choices)
     command = _command(model, job, ceilings, formats, choices)
-    phases = _place_all(made, device, ceilings, choices, command)
+    phases = _place_all(made, device, ceilings, choices, lambda room: _command(model, job, room, formats, choices))
     phases, on_device, on_host = _keep(model, made, phases, device, ceilings, choices, formats)
     swapped = phases["denoise"].blocks
     if swapped is not None and swapped.streamed_bytes and choices.offload != "sequential":
@@ -161,7 +161,11 @@ def _free(name: str, free: int, notes: list[str]) -> int:
 
 
 def _place_all(
-    made: Mapping[str, Need], device: DeviceFacts, ceilings: Ceilings, choices: Choices, command: str
+    made: Mapping[str, Need],
+    device: DeviceFacts,
+    ceilings: Ceilings,
+    choices: Choices,
+    command: Callable[[Ceilings], str],
 ) -> dict[str, PhasePlan]:
     phases, refusals = {}, []
     for name, need in made.items():
@@ -171,15 +175,15 @@ def _place_all(
             refusals.append(error)
     if not refusals:
         return phases
-    needed = [least(need, device, choices) for need in made.values()]
-    vram, ram = max(each[0] for each in needed), max(each[1] for each in needed)
-    said = f"--ram {size_text(ram)}"
-    if device.kind == "cuda" or ceilings.vram_bytes is not None:
-        said = f"--vram {size_text(vram)} and {said}"
-    raise PlanError(
-        refusals[0].message,
-        hint=f"the least of each that this can be done with is {said}: {command}",
-    )
+    needed = [least(need, device, ceilings, choices) for need in made.values()]
+    vram = None if ceilings.vram_bytes is None else _hundredth(max(each[0] for each in needed))
+    enough = Ceilings(vram, _hundredth(max(each[1] for each in needed)))
+    raise PlanError(refusals[0].message, hint=f"this fits with the least: {command(enough)}")
+
+
+def _hundredth(nbytes: int) -> int:
+    """The size that ``size_text`` says, so that what is printed is enough."""
+    return parse_size(size_text(nbytes)) + 1
 
 
 def _keep(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ..layout import ITEM_BYTES
-from ..vae.cut import Cut
+from ..vae.cut import PROJECTION_CELLS, Cut
 from ..vae.memory import decode_bytes, encode_bytes, weight_bytes
 from .activations import language_bytes, modulation_bytes, rows_bytes, step_bytes, vision_bytes
 from .budget import Choices
@@ -26,6 +26,7 @@ PROCESS_BYTES = {"cpu": 700 * MIB, "cuda": 2048 * MIB}
 
 GEMM_WORKSPACE_BYTES = 34 * MIB
 CONVOLUTION_WORKSPACE_BYTES = 128 * MIB
+PREVIEW_CELLS = 32
 FRAGMENT_BYTES = 32 * MIB
 FRAGMENT_SHARE = 16
 NAMES = ("encode", "reference", "denoise", "decode")
@@ -119,18 +120,23 @@ def needs(model: ModelFacts, job: JobFacts, device: DeviceFacts, formats: Format
     """The phases of a run, in order."""
     config, cut, s = model.vae.config, cut_of(device, choices), ITEM_BYTES[formats.plain]
     made = [_encode(model, job, device, formats, "cpu" if choices.text_encoder_cpu else device.kind)]
-    if job.references:
-        sizes = [(rows * config.scale_factor, columns * config.scale_factor) for rows, columns in job.latent_sizes[1:]]
-        most = max(
-            encode_bytes(config, height, width, s, cut, formats.vae) + 4 * config.input_channels * height * width
-            for height, width in sizes
-        )
-        made.append(_vae("reference", model, job, device, formats, most))
+    sizes = [(rows * config.scale_factor, columns * config.scale_factor) for rows, columns in job.latent_sizes[1:]]
+    side = PROJECTION_CELLS * config.scale_factor
+    held = [
+        encode_bytes(config, height, width, s, cut, formats.vae) + 4 * config.input_channels * height * width
+        for height, width in sizes
+    ]
+    # the preview's colours: the decoded cells, and their averages in float64
+    held.append(decode_bytes(config, side, side, s, cut, formats.vae) + 8 * 4 * config.input_channels * side * side)
+    most = max(held)
+    made.append(_vae("reference", model, job, device, formats, most))
     made.append(_denoise(model, job, device, formats))
     height, width = (side * config.scale_factor for side in job.latent_sizes[0])
     most = decode_bytes(config, height, width, s, cut, formats.vae)
-    # the picture is brought to 8 bits in float32
-    most = max(most, 4 * 4 * config.input_channels * height * width)
+    # the picture is brought to 8 bits in float32; the preview's colours are fitted to a decoded square of fixed size
+    side = PREVIEW_CELLS * config.scale_factor
+    fitted = decode_bytes(config, side, side, s, cut, formats.vae) + 5 * 4 * config.input_channels * side * side
+    most = max(most, 4 * 4 * config.input_channels * height * width, fitted)
     made.append(_vae("decode", model, job, device, formats, most))
     return {need.name: replace(need, mapped=model.mapped) for need in made}
 

@@ -150,7 +150,8 @@ def _check_slab(header: Header, prefix: str, slab: Slab, layout: SlabLayout) -> 
         expected = (field.dtype, field.shape, slab.offset + field.offset_bytes)
         if found != expected:
             raise CheckpointError(
-                f"{header.path}: {prefix + field.name} must be (dtype, shape, byte) {expected}, got {found}", hint=_AGAIN
+                f"{header.path}: {prefix + field.name} must be (dtype, shape, byte) {expected}, got {found}",
+                hint=_AGAIN,
             )
 
 

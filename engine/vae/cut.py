@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from ...errors import RequestError
 
+PROJECTION_CELLS = 32
+"""Rows and columns of the latent whose decoding gives the previews their colours."""
+
 ATTENTION_ROWS = 512
 """Query rows whose scores over all pixels of the smallest map exist at a time."""
 
@@ -18,7 +21,7 @@ class Cut:
     """How many rows of a map go through the layers at a time.
 
     It is a function of the image's size, the kind of device and what was asked, never of free memory: the height of a
-    band may decide the last bits of a result (within 1e-6 in float32).
+    band decides the last bits of a result, as the rounding of a convolution in float32 differs with the map's size.
 
     Attributes:
         values: numbers in the widest map of one band, where no tile is asked.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -12,9 +13,20 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pipelines import shared_pipeline
+from qengine import Engine
+from qengine.engine.defaults import DEFAULTS
 from qengine.engine.dit import QwenImageTransformer
 from qengine.engine.encoder import PromptEncoder
-from qengine.engine.plan import DEAD_IN_LAST_BLOCK, JobFacts, ModelFacts
+from qengine.engine.plan import (
+    DEAD_IN_LAST_BLOCK,
+    Budget,
+    Choices,
+    DeviceFacts,
+    JobFacts,
+    ModelFacts,
+    foresee,
+    make_plan,
+)
 from qengine.engine.plan.activations import (
     Linear,
     language_bytes,
@@ -82,11 +94,11 @@ def test_a_step_allocates_no_more_than_predicted(target, references, texts, dtyp
     model, transformer = facts(), transformer_of(dtype)
     job, s = job_of(target, references, texts), dtype.itemsize
     with torch.no_grad(), LiveBytes() as live:
-        table = transformer.table([float(t) for t in torch.rand(2)])
+        table = transformer.table([first := float(torch.rand(())), 0.25])
         branches = [transformer.branch(torch.randn(n, 64, dtype=dtype), [target, *references]) for n in texts]
         latents = torch.randn(1, job.target_tokens, 64)
         seen = torch.randn(1, job.reference_tokens, 64, dtype=dtype) if references else None
-        transformer.velocity(latents.to(dtype), seen, branches, table, 0.5)
+        transformer.velocity(latents.to(dtype), seen, branches, table, first)
     rows = rows_bytes(model.transformer, job, s) + (rows_bytes(model.transformer, job, 4) if s < 4 else 0)
     step = step_bytes(model.transformer, job, s, Linear("torch", s))
     holds(rows + max(step, modulation_bytes(model.transformer, job)), live.peak)
@@ -95,13 +107,13 @@ def test_a_step_allocates_no_more_than_predicted(target, references, texts, dtyp
 @settings(PROPERTY, max_examples=6)
 @given(
     sizes=st.lists(st.tuples(st.integers(30, 300), st.integers(30, 300)), min_size=1, max_size=2),
-    prompts=st.lists(st.text("a cat at night", min_size=1, max_size=300), min_size=1, max_size=2, unique=True),
+    prompts=st.lists(st.text("a cat", min_size=1, max_size=200).filter(str.strip), min_size=1, max_size=2, unique=True),
     dtype=DTYPES,
 )
 def test_encoding_allocates_no_more_than_predicted(sizes, prompts, dtype) -> None:
     model = facts()
     pictures = [Image.new("RGB", size, (200, 90, 30)) for size in sizes]
-    encoder = PromptEncoder(source, CPU, dtype)
+    encoder = PromptEncoder(source(), CPU, dtype)
     encoder.encode(["warm up"], pictures, "edit-plus")
     job = JobFacts.build(
         kind="edit",
@@ -117,7 +129,9 @@ def test_encoding_allocates_no_more_than_predicted(sizes, prompts, dtype) -> Non
         encoder.encode(prompts, pictures, "edit-plus")
     linear, s = Linear("torch", dtype.itemsize), dtype.itemsize
     vision = vision_bytes(model.encoder, job, s, linear)
-    holds(max(vision, language_bytes(model.encoder, job, s, linear)), live.peak)
+    # the image processor's float32 patches are numpy's, which no tensor operation makes
+    patches = 4 * model.encoder.patch_values * sum(rows * columns for rows, columns in job.patches)
+    holds(max(vision, language_bytes(model.encoder, job, s, linear)), live.peak + patches)
 
 
 @pytest.mark.parametrize("size", [(384, 384), (97, 61), (1, 200), (3000, 20), (4000, 4000), (28, 28)])
@@ -158,3 +172,26 @@ def test_the_dead_tensors_are_those_of_the_last_block() -> None:
     from qengine.engine.dit import block
 
     assert set(block.DEAD_IN_LAST_BLOCK) == DEAD_IN_LAST_BLOCK
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("size", "scale"), [((96, 64), 1.0), ((256, 320), 4.0)])
+def test_a_whole_run_stays_below_the_predicted_peak(dtype: str, size: tuple[int, int], scale: float, tmp_path) -> None:
+    model = facts()
+    defaults = replace(DEFAULTS["qwen-image-edit-2511"], reference_area_pixels=None)
+    fields = {"prompt": "make it night", "size": size, "num_inference_steps": 2, "true_cfg_scale": scale}
+    job = foresee(defaults, [size], fields, source().processor_config, multiple=16, dtype=dtype)
+    device = DeviceFacts(
+        kind="cpu", total_bytes=64 << 30, free_bytes=64 << 30, host_total_bytes=64 << 30, host_free_bytes=64 << 30
+    )
+    plan = make_plan(model, job, Budget(), device, Choices())
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        Engine.open(shared_pipeline("edit-2511"), device="cpu", dtype=dtype, cache_dir=tmp_path) as engine,
+    ):
+        patch.setitem(DEFAULTS, engine.source.defaults, defaults)
+        with LiveBytes() as live:
+            picture = Image.new("RGB", size, (200, 90, 30))
+            engine.edit(picture, **fields)
+    assert live.peak <= plan.vram_bytes
+    assert set(plan.kept_on_device) == {"transformer", "text_encoder", "vae"}

@@ -18,8 +18,8 @@ from kept import kept_bytes, tensors_of
 from qengine.engine.vae import ImageVAE
 from qengine.engine.vae.bands import Split
 from qengine.engine.vae.config import VaeConfig, expected_shapes
-from qengine.engine.vae.cut import ATTENTION_ROWS, Cut, split_evenly
-from qengine.engine.vae.layers import Attention, Conv, Norm, Rows
+from qengine.engine.vae.cut import Cut
+from qengine.engine.vae.layers import Rows
 from qengine.engine.vae.model import PARTS
 from qengine.errors import CheckpointError, RequestError
 from qengine.kernels.quant import dequantise_rows
@@ -161,8 +161,8 @@ def test_bands_of_any_height_give_the_whole_map_within_1e_6(
     for loaded.cut in (WHOLE, cut):
         results.append((loaded.encode(pixels), loaded.decode(latents)))
     (encoded, decoded), (banded_encoded, banded_decoded) = results
-    # Of one rounding of the largest value: latents reach 4, pixels 1.
-    torch.testing.assert_close(banded_encoded, encoded, atol=1e-6 * max(1, encoded.abs().max()), rtol=0)
+    # Relative to the largest value: latents reach 4, pixels 1.
+    torch.testing.assert_close(banded_encoded, encoded, atol=1e-6 * max(1.0, float(encoded.abs().max())), rtol=0)
     torch.testing.assert_close(banded_decoded, decoded, atol=1e-6, rtol=0)
 
 
@@ -173,7 +173,8 @@ def test_three_downsamplings_in_tiles_give_the_whole_map_within_1e_6(tmp_path: P
     pixels, latents = _pixels(1, 3, 72, 40), _noise(1, 16, 1, 9, 5)
     tiled = vae.encode(pixels), vae.decode(latents)
     vae.cut = WHOLE
-    torch.testing.assert_close(tiled[0], vae.encode(pixels), atol=2e-6, rtol=0)
+    whole = vae.encode(pixels)
+    torch.testing.assert_close(tiled[0], whole, atol=1e-6 * max(1.0, float(whole.abs().max())), rtol=0)
     torch.testing.assert_close(tiled[1], vae.decode(latents), atol=1e-6, rtol=0)
 
 
@@ -195,39 +196,12 @@ def test_a_tile_is_the_height_of_the_bands_that_meet_the_image(tiny: ImageVAE, h
     assert sum(heights) == 32
 
 
-def test_the_cut_depends_on_size_and_tile_alone() -> None:
-    cuts = [Cut.of(kind, tile) for kind in ("cpu", "cuda") for tile in (None, 64)]
-    with mock.patch("torch.cuda.mem_get_info", side_effect=AssertionError("free memory was asked for")):
-        again = [Cut.of(kind, tile) for kind in ("cpu", "cuda") for tile in (None, 64)]
-    assert again == cuts
-    assert [cut.rows(1024, 192, 2) for cut in cuts] == [8, 32, 341, 32]
-    assert [split_evenly(rows, 4) for rows in (1, 4, 9, 10)] == [[1], [4], [3, 3, 3], [4, 3, 3]]
-    with pytest.raises(RequestError, match="vae_tile must be at least 1"):
-        Cut.of("cpu", 0)
-
-
 def test_images_of_a_batch_do_not_see_each_other(tiny: ImageVAE) -> None:
     pixels, latents = _pixels(3, 3, 32, 24), _noise(3, 16, 1, 8, 6)
     encoded, decoded = tiny.encode(pixels), tiny.decode(latents)
     for index in range(3):
         assert torch.equal(tiny.encode(pixels[index : index + 1])[0], encoded[index])
         assert torch.equal(tiny.decode(latents[index : index + 1])[0], decoded[index])
-
-
-def test_attention_over_many_chunks_equals_that_over_one() -> None:
-    generator = torch.Generator().manual_seed(0)
-    channels = 8
-    weights = [torch.randn(n, channels, 1, 1, generator=generator) / 2 for n in (3 * channels, channels)]
-    to_qkv, proj = (Conv(weight, torch.randn(len(weight), generator=generator)) for weight in weights)
-    attention = Attention(Norm(torch.ones(1, channels, 1, 1), silu=False), to_qkv, proj)
-    x = torch.randn(1, channels, 37, 29, generator=generator)
-    assert x[0, 0].numel() > 2 * ATTENTION_ROWS
-    tokens = torch.nn.functional.normalize(x.double(), dim=1).flatten(2)[0].T
-    qkv = tokens @ to_qkv.weight[:, :, 0, 0].double().T + to_qkv.bias.double()
-    query, key, value = qkv.chunk(3, 1)
-    mixed = (query @ key.T / channels**0.5).softmax(1) @ value
-    expected = (mixed @ proj.weight[:, :, 0, 0].double().T + proj.bias.double()).T.view(x.shape) + x
-    torch.testing.assert_close(attention.apply(x), expected.float(), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("weight_format", "least_psnr"), [("int8", 35), ("fp8", 25)])

@@ -1,0 +1,65 @@
+"""What the flags say of memory: the engine's own ``Budget`` and ``Choices``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..errors import RequestError
+
+if TYPE_CHECKING:
+    from ..engine.plan import Budget, Choices
+
+
+NAMES = ("vram", "ram", "weights", "text_encoder_weights", "fp8_scaled", "fp8_vl", "blocks_to_swap", "offload")
+NAMES += ("text_encoder_cpu", "vae_tile", "vae_weights")
+
+
+def memory_choice(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``budget`` and ``choices`` for ``Engine.open``; nothing where no flag says anything of memory.
+
+    Raises:
+        RequestError: as :func:`budget_of` and :func:`choices_of`.
+    """
+    if all(values.get(name) in (None, False) for name in NAMES):
+        return {}
+    return {"budget": budget_of(values), "choices": choices_of(values)}
+
+
+def budget_of(values: Mapping[str, Any]) -> Budget:
+    """``--vram`` and ``--ram``; None where they are not given.
+
+    Raises:
+        RequestError: one of them is no size.
+    """
+    from ..engine.plan import Budget, parse_size
+
+    sizes = {name: values.get(name) for name in ("vram", "ram")}
+    return Budget(**{f"{name}_bytes": None if size is None else parse_size(size) for name, size in sizes.items()})
+
+
+def choices_of(values: Mapping[str, Any]) -> Choices:
+    """How the weights are to be held.
+
+    Raises:
+        RequestError: a format is named twice and differently, or a value is out of range.
+    """
+    from ..engine.plan import Choices
+
+    given = {
+        "weights": _format(values, "weights", "fp8_scaled", "--fp8_scaled"),
+        "text_encoder_weights": _format(values, "text_encoder_weights", "fp8_vl", "--fp8_vl"),
+        "text_encoder_cpu": values.get("text_encoder_cpu") or None,
+        **{name: values.get(name) for name in ("blocks_to_swap", "offload", "vae_tile", "vae_weights")},
+    }
+    return Choices(**{name: value for name, value in given.items() if value is not None})
+
+
+def _format(values: Mapping[str, Any], name: str, switch: str, spelling: str) -> str | None:
+    chosen = values.get(name)
+    if not values.get(switch):
+        return chosen
+    if chosen not in (None, "fp8"):
+        flag = "--" + name.replace("_", "-")
+        raise RequestError(f"{flag} must be fp8 beside {spelling}, got {chosen}", hint="leave one of them out")
+    return "fp8"
