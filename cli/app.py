@@ -41,6 +41,12 @@ PLAN_HELP = (
     "--ram 32GiB\n\nReads headers only: sizes of all components, where each block would lie, the peaks of every phase, "
     "and the command that asks for it. Exit code 5 where it does not fit, with what would."
 )
+PACK_HELP = (
+    "Write a model's weights in the form that runs map: 8 bits each, or as they are, in the order of use.\n\n"
+    "qengine pack MODEL --weights int8\n\n"
+    "The first run that needs such a file makes it by itself; this does it on purpose, or for --packed. The compute "
+    "type is part of the file: --dtype, or what a run on --device would take."
+)
 RERUN_HELP = (
     "Repeat the run that made a picture.\n\nOn the same machine's CPU the result is the same "
     "to the bit. Input pictures are looked for at their recorded path, then beside the picture, and must be unchanged; "
@@ -75,6 +81,7 @@ def _commands() -> list[click.Command]:
         Command("generate", _generate, options.GENERATE_SECTIONS, [("words", "[PROMPT]", True)], GENERATE_HELP),
         Command("rerun", _rerun, options.RERUN_SECTIONS, [("picture", "PICTURE", False)], RERUN_HELP),
         Command("plan", _plan, options.PLAN_SECTIONS, [("words", "[MODEL]", True)], PLAN_HELP),
+        Command("pack", _pack, options.PACK_SECTIONS, [("words", "[MODEL]", True)], PACK_HELP),
         Command("info", _info, options.INFO_SECTIONS, [("words", "[SUBJECT]", True)], INFO_HELP),
         Command("pull", _pull, options.MODEL_SECTIONS, model, "Download a model into the hub's cache; resumes."),
         Command("ls", _ls, options.PLAIN_SECTIONS, (), "List the models that are here."),
@@ -149,6 +156,12 @@ def _plan(words: tuple[str, ...], **values: Any) -> int:
     from .plan import show
 
     return show(words, values)
+
+
+def _pack(words: tuple[str, ...], **values: Any) -> int:
+    from .pack import carry_out
+
+    return carry_out(words, values, _talk(values))
 
 
 def _info(words: tuple[str, ...], **values: Any) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,11 +34,18 @@ def check_picture(path: Path) -> None:
     load_picture(path)
 
 
-def open_engine(**choice: Any) -> Engine:
-    """``Engine.open``; the arguments are those of ``order.model_choice`` and ``order.device_choice``."""
+def open_engine(progress: Callable[[int, int], None], **choice: Any) -> Engine:
+    """``Engine.open``; the arguments are those of ``order.model_choice``, ``device_choice`` and ``memory_choice``."""
     from ..engine.session import Engine
 
-    return Engine.open(choice.pop("model", None), **choice)
+    return Engine.open(choice.pop("model", None), progress=progress, **choice)
+
+
+def packed_format(path: Path) -> str:
+    """The weight format of a packed file."""
+    from ..engine.stack import packed_format as read
+
+    return read(path)
 
 
 def phase_of(event: Encoded | Step | Decoded) -> str:

@@ -3,27 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
+from . import backend
 
 if TYPE_CHECKING:
     from ..engine.plan import Budget, Choices
 
 
 NAMES = ("vram", "ram", "weights", "text_encoder_weights", "fp8_scaled", "fp8_vl", "blocks_to_swap", "offload")
-NAMES += ("text_encoder_cpu", "vae_tile", "vae_weights")
+NAMES += ("text_encoder_cpu", "vae_tile", "vae_weights", "packed")
 
 
-def memory_choice(values: Mapping[str, Any]) -> dict[str, Any]:
-    """``budget`` and ``choices`` for ``Engine.open``; nothing where no flag says anything of memory.
+def memory_choice(values: Mapping[str, Any], recorded: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """``budget``, ``choices`` and ``packed`` for ``Engine.open``; nothing where nothing is said of memory.
+
+    Args:
+        values: of the flags.
+        recorded: values that stand in where no flag is given: those of the run that is repeated.
 
     Raises:
         RequestError: as :func:`budget_of` and :func:`choices_of`.
+        CheckpointError: ``--packed`` names no packed file.
     """
-    if all(values.get(name) in (None, False) for name in NAMES):
+    given = {name: values.get(name) for name in NAMES if values.get(name) not in (None, False)}
+    if given.get("packed") and not {"weights", "fp8_scaled"} & given.keys():
+        given["weights"] = backend.packed_format(Path(given["packed"]))
+    known = _beside(recorded or {}, given) | given
+    if not known:
         return {}
-    return {"budget": budget_of(values), "choices": choices_of(values)}
+    choice = {"budget": budget_of(known), "choices": choices_of(known)}
+    return {**choice, "packed": known["packed"]} if "packed" in known else choice
+
+
+def _beside(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The recorded values that no flag replaces under another spelling."""
+    replaced = {"weights": "fp8_scaled", "text_encoder_weights": "fp8_vl"}
+    return {name: value for name, value in recorded.items() if replaced.get(name) not in given}
 
 
 def budget_of(values: Mapping[str, Any]) -> Budget:

@@ -249,6 +249,36 @@ MEMORY = (
     Flag(name="--vae-weights", choices=WEIGHTS[1:], help="Weight format of the VAE's convolutions; bf16 by default."),
 )
 
+PACKED = (
+    Flag(
+        name="--packed",
+        metavar="FILE",
+        help="Packed file of the transformer, made by qengine pack; --weights follows it. By default one in the cache, "
+        "made at the first run that needs it.",
+    ),
+)
+PACK = (
+    Flag(name="--weights", choices=WEIGHTS[1:], help="Weight format of the file; must be given."),
+    Flag(
+        name="--component",
+        choices=("transformer", "text_encoder", "both"),
+        help="What to pack; the transformer when not given.",
+    ),
+    Flag(
+        name="--layout",
+        choices=("slabs", "quanto"),
+        help="slabs, what runs use, or quanto: the transformer in optimum-quanto's names, which holds the whole result "
+        "in memory while it is made.",
+    ),
+    Flag(
+        name="--output",
+        short="-o",
+        metavar="FILE",
+        help="File to write; an existing one is replaced when the new one is whole. By default the place in the cache "
+        "where the next run looks.",
+    ),
+)
+
 HYPOTHETICAL = (
     Flag(
         name="--architecture",
@@ -305,7 +335,7 @@ EDIT_SECTIONS = {
     "Request": REQUEST,
     "Model": MODEL + VARIANT,
     "Device": DEVICE,
-    "Memory": MEMORY,
+    "Memory": MEMORY + PACKED,
     "Output": OUTPUT + NAMING,
     "Words": TALK,
 }
@@ -313,7 +343,7 @@ GENERATE_SECTIONS = {
     "Request": tuple(flag for flag in REQUEST if flag.key != "ref"),
     "Model": MODEL,
     "Device": DEVICE,
-    "Memory": MEMORY,
+    "Memory": MEMORY + PACKED,
     "Output": OUTPUT,
     "Words": TALK,
 }
@@ -328,7 +358,14 @@ RERUN_SECTIONS = {
     "Request": SEED_AND_COUNT,
     "Model": MODEL,
     "Device": DEVICE,
+    "Memory": MEMORY + PACKED,
     "Output": OUTPUT,
+    "Words": TALK,
+}
+PACK_SECTIONS = {
+    "File": PACK,
+    "Model": tuple(flag for flag in MODEL if flag.key != "model") + VARIANT,
+    "Device": DEVICE,
     "Words": TALK,
 }
 INFO_SECTIONS = {"Model": tuple(flag for flag in MODEL if flag.key != "model"), "Words": TALK}

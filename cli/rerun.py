@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import InputError, RequestError
 from . import backend
+from .memory import memory_choice
 from .order import SINGLE_FILES, Order, check_files, device_choice, make_wish, model_choice, seeds_of
 from .progress import Talk
 
@@ -46,7 +47,7 @@ def rerun_order(picture: Path, values: Mapping[str, Any], talk: Talk) -> Order:
         images=images,
         request=request,
         seeds=seeds_of(seed, values["count"]),
-        model={**model, **_device(record, values)},
+        model={**model, **_device(record, values), **memory_choice(values, _numerics(record, picture))},
         wish=make_wish(values, f"{picture.stem}_rerun", "", (*images, picture)),
         preview=Path(values["preview"]) if values["preview"] else None,
         metadata=not values["no_metadata"],
@@ -90,6 +91,20 @@ def _recorded_model(record: Mapping[str, Any]) -> dict[str, Any]:
         return dict(files)
     label = record["model"]["label"]
     return {**(files or {}), "model": None if label == "tiny" else label}
+
+
+def _numerics(record: Mapping[str, Any], picture: Path) -> dict[str, Any]:
+    """The recorded choices that decide bits, as the values of their flags; none in records of before there were any."""
+    said = record.get("numerics", {})
+    tile = said.get("vae_tile", "") if isinstance(said, dict) else None
+    if not isinstance(tile, str) or not (tile == "" or tile.isdecimal()):
+        raise InputError(f"the record in {picture} must be whole, got one without usable numerics")
+    known = {name: said[name] for name in ("weights", "text_encoder_weights", "vae_weights") if name in said}
+    if tile:
+        known["vae_tile"] = int(tile)
+    if said.get("text_encoder_device") == "cpu" and record.get("device") != "cpu":
+        known["text_encoder_cpu"] = True
+    return known
 
 
 def _device(record: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,21 @@ QUANTISED = {"int8": "I8", "fp8": "F8_E4M3"}
 
 MAX_GROUP = 256
 
+DEAD_IN_LAST_BLOCK = frozenset(
+    {
+        "attn.add_q_proj.weight",
+        "attn.add_q_proj.bias",
+        "attn.norm_added_q.weight",
+        "attn.to_add_out.weight",
+        "attn.to_add_out.bias",
+        "txt_mlp.net.0.proj.weight",
+        "txt_mlp.net.0.proj.bias",
+        "txt_mlp.net.2.weight",
+        "txt_mlp.net.2.bias",
+    }
+)
+"""Parameters of the last transformer block that only feed the text output, which nothing reads."""
+
 
 def rotation_group(columns: int) -> int:
     """Size of the groups that are rotated together: the largest power of 4 up to 256 that divides the columns."""

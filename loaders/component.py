@@ -10,9 +10,11 @@ from typing import Any
 from ..errors import CheckpointError
 from . import detect, shapes
 from .checkpoint import Checkpoint
+from .dequantised import DequantisedCheckpoint
 from .document import read_json
 from .header import read_header
 from .names import check_file_kind, check_unquantised, text_encoder_name, transformer_renamer
+from .quanto import detect_quanto
 
 _RESUME = "qengine pull MODEL resumes a download"
 
@@ -36,7 +38,7 @@ def open_transformer(place: Path) -> Component:
     """The Qwen-Image transformer in a folder or a single file.
 
     Raises:
-        CheckpointError: missing, incomplete, quantised, or of another kind than its config says.
+        CheckpointError: missing, incomplete, quantised by anything but quanto, or of another kind than its config says.
     """
     files = component_files(place, "transformer")
     rename = transformer_renamer(_stored_names(files))
@@ -89,6 +91,13 @@ def check_widths(transformer: Component, vae: Component, text_encoder: Component
         )
 
 
+def storage_notes(part: Component) -> tuple[str, ...]:
+    """What the user should hear of how a component is stored."""
+    if not isinstance(part.checkpoint, DequantisedCheckpoint):
+        return ()
+    return (f"{part.name} is stored in optimum-quanto's {part.checkpoint.weight_format}; values are rows x scale",)
+
+
 def component_files(place: Path, name: str) -> list[Path]:
     """The weight file, or the index of the shards, of a component's folder or of a file given singly.
 
@@ -121,6 +130,8 @@ def component_files(place: Path, name: str) -> list[Path]:
 
 def _open(files: list[Path], rename: Callable[[str], str | None] | None, subject: str) -> Checkpoint:
     checkpoint = Checkpoint.open(files, rename)
+    if detect_quanto(checkpoint) is not None:
+        checkpoint = DequantisedCheckpoint(checkpoint)
     check_unquantised(checkpoint.tensors, checkpoint.metadata, checkpoint.place, subject)
     return checkpoint
 

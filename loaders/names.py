@@ -40,8 +40,6 @@ _QUANTISED_TAILS = (
     (".comfy_quant", "comfy_quant (per-layer quantisation of ComfyUI)"),
     (".scale_weight", "scaled_fp8 (legacy scaled fp8 of ComfyUI)"),
     (".weight_scale_inv", "block-scaled fp8"),
-    (".weight._data", "quanto"),
-    (".weight._scale", "quanto"),
     (".qweight", "nunchaku or AWQ 4-bit"),
     (".wscales", "nunchaku 4-bit"),
     (".weight_scale", "scaled 8-bit or 4-bit"),

@@ -199,7 +199,7 @@ def _assemble(
         tokenizer_dir=tokenizer_dir,
         processor_config=processor,
         scheduler_config=scheduler,
-        notes=variant.notes,
+        notes=variant.notes + tuple(note for part in parts for note in component.storage_notes(part)),
         fingerprint=digest.hexdigest(),
     )
 

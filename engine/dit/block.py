@@ -17,19 +17,6 @@ from .rope import rotate
 
 EPS = 1e-6
 
-DEAD_IN_LAST_BLOCK = (
-    "attn.add_q_proj.weight",
-    "attn.add_q_proj.bias",
-    "attn.norm_added_q.weight",
-    "attn.to_add_out.weight",
-    "attn.to_add_out.bias",
-    "txt_mlp.net.0.proj.weight",
-    "txt_mlp.net.0.proj.bias",
-    "txt_mlp.net.2.weight",
-    "txt_mlp.net.2.bias",
-)
-"""Parameters that only feed the text output, which nothing reads after the last block."""
-
 
 class Modulation(NamedTuple):
     """Shift, scale and gate rows of one norm, each [dim] in the compute dtype."""

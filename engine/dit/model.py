@@ -18,11 +18,12 @@ from torch import nn
 
 from ...errors import CheckpointError
 from ...loaders import Component
+from ..formats import DEAD_IN_LAST_BLOCK
 from ..mover import Tape
 from ..stack import BlockStack, Hold, open_tape
 from ..stack.pack import Progress
 from ..template import Template
-from .block import DEAD_IN_LAST_BLOCK, EPS, DoubleStreamBlock, Rotations
+from .block import EPS, DoubleStreamBlock, Rotations
 from .modulation import ModulationRows, ModulationTable
 from .rope import Grid, image_rotations, text_rotations
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...errors import CheckpointError, RequestError
-from ..stack import Hold
+from ..stack import BlockStack, Hold
 from ..stack.pack import Progress
-from .language import LanguageModel, Segment
+from .language import LanguageModel, Segment, decoder_stack
 from .pictures import Patches, cut_patches
 from .positions import mrope_positions
 from .templates import IMAGE_TOKEN, MAX_PROMPT_TOKENS, PromptTemplate, prompt_template
@@ -107,6 +107,11 @@ class PromptEncoder:
     def tape(self) -> Tape | None:
         """The decoder layers, if they are loaded."""
         return None if self._language is None else self._language.tape
+
+    def stack(self, weight_format: str) -> BlockStack:
+        """The decoder layers of the checkpoint in a weight format; reads no weight."""
+        checkpoint = self._source.text_encoder.checkpoint
+        return decoder_stack(self._config.text_config, checkpoint, weight_format, self._dtype)
 
     def key(self, prompts: Sequence[str], pictures: Sequence[Image.Image], template: str) -> str:
         """Content address of what :meth:`encode` would return; needs neither weights nor tokenizer.

@@ -2,14 +2,13 @@
 
 from .budget import Budget, Choices, parse_size, size_text
 from .choose import Ceilings
-from .facts import DEAD_IN_LAST_BLOCK, DeviceFacts, ModelFacts
+from .facts import DeviceFacts, ModelFacts
 from .jobs import JobFacts, foresee
 from .make import Plan, make_plan
 from .phases import PhasePlan
 from .placement import Blocks
 
 __all__ = [
-    "DEAD_IN_LAST_BLOCK",
     "Blocks",
     "Budget",
     "Ceilings",

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ...loaders.shapes import text_config, vision_config
-from ..formats import slab_specs
+from ..formats import DEAD_IN_LAST_BLOCK, slab_specs
 from ..layout import SlabLayout
 from ..vae.config import VaeConfig, expected_shapes
 
@@ -20,21 +20,6 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 NO_PROBES: Mapping[str, Any] = MappingProxyType({})
-
-DEAD_IN_LAST_BLOCK = frozenset(
-    {
-        "attn.add_q_proj.weight",
-        "attn.add_q_proj.bias",
-        "attn.norm_added_q.weight",
-        "attn.to_add_out.weight",
-        "attn.to_add_out.bias",
-        "txt_mlp.net.0.proj.weight",
-        "txt_mlp.net.0.proj.bias",
-        "txt_mlp.net.2.weight",
-        "txt_mlp.net.2.bias",
-    }
-)
-"""Parameters of the last transformer block that only feed the text output, which nothing reads."""
 
 NOT_IN_SLABS = ("img_mod.", "txt_mod.")
 """Parameters of a transformer block that the modulation table takes the place of."""
@@ -201,7 +186,6 @@ class ModelFacts:
         transformer: the diffusion transformer.
         encoder: the text encoder.
         vae: the image VAE.
-        mapped: slabs lie in a packed file that a CPU can use where it is mapped.
     """
 
     label: str
@@ -209,16 +193,14 @@ class ModelFacts:
     transformer: TransformerFacts
     encoder: EncoderFacts
     vae: VaeFacts
-    mapped: bool = False
 
     @classmethod
-    def of(cls, source: ModelSource, keep: Collection[str] = (), *, mapped: bool = False) -> ModelFacts:
+    def of(cls, source: ModelSource, keep: Collection[str] = ()) -> ModelFacts:
         """Facts of an opened model.
 
         Args:
             source: the model.
             keep: matrices of a transformer block that stay plain in every weight format.
-            mapped: slabs lie in a packed file that a CPU can use where it is mapped.
         """
         return cls(
             source.label,
@@ -226,7 +208,6 @@ class ModelFacts:
             _transformer(source.transformer, frozenset(keep)),
             _encoder(source.text_encoder),
             VaeFacts(Part.of(source.vae), VaeConfig.parse(source.vae.config)),
-            mapped,
         )
 
     @cached_property

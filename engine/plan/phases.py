@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from ..formats import QUANTISED
 from ..layout import ITEM_BYTES
 from ..vae.cut import PROJECTION_CELLS, Cut
 from ..vae.memory import decode_bytes, encode_bytes, weight_bytes
@@ -44,7 +45,7 @@ class Need:
         slab_bytes: of its streamable blocks; empty where nothing streams.
         device_items: on the device beside the blocks and the context.
         host_items: on the host beside streamed slabs and the process.
-        mapped: slabs can be used where their file is mapped, on a CPU.
+        mapped: slabs are packed, so a CPU can use them where their file is mapped.
     """
 
     name: str
@@ -138,7 +139,7 @@ def needs(model: ModelFacts, job: JobFacts, device: DeviceFacts, formats: Format
     fitted = decode_bytes(config, side, side, s, cut, formats.vae) + 5 * 4 * config.input_channels * side * side
     most = max(most, 4 * 4 * config.input_channels * height * width, fitted)
     made.append(_vae("decode", model, job, device, formats, most))
-    return {need.name: replace(need, mapped=model.mapped) for need in made}
+    return {need.name: replace(need, mapped=need.weight_format in QUANTISED) for need in made}
 
 
 def vae_weights(model: ModelFacts, formats: Formats) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .blocks import BlockStack, CheckpointSource
 from .hold import Hold, open_tape, packed_path
 from .pack import pack, packed_bytes
-from .packed import PackedSource
+from .packed import PackedSource, packed_format
 
 __all__ = [
     "BlockStack",
@@ -15,5 +15,6 @@ __all__ = [
     "open_tape",
     "pack",
     "packed_bytes",
+    "packed_format",
     "packed_path",
 ]

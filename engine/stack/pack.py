@@ -8,12 +8,14 @@ import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 
 from ...errors import CheckpointError, KernelError, OutputError
+from ...loaders.checkpoint import Checkpoint
 from ..files import write_whole
 from ..layout import SLAB_ALIGNMENT_BYTES
 from ..quant import quantise_weight
@@ -22,6 +24,7 @@ from .blocks import BlockStack
 from .packed import Slab, entries, metadata
 
 Progress = Callable[[int, int], None]
+Quantise = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def packed_bytes(stack: BlockStack) -> int:
@@ -43,7 +46,7 @@ def pack(stack: BlockStack, path: Path, progress: Progress = lambda done, total:
         CheckpointError: a weight is NaN or infinite, or the source cannot be read.
         OutputError: the folder cannot be written, or the disk has no room.
     """
-    _check_room(path, packed_bytes(stack))
+    check_room(path, packed_bytes(stack))
 
     def write(temporary: Path) -> None:
         with temporary.open("rb+") as file:
@@ -71,11 +74,12 @@ def _write(stack: BlockStack, file: BinaryIO, progress: Progress) -> None:
 
 def _fill(stack: BlockStack, index: int, slab: torch.Tensor) -> None:
     prefix, views = stack.prefix(index), stack.layouts[index].views(slab)
+    quantise = partial(quantise_weight, weight_format=stack.weight_format)
     plain = []
     for name, view in views.items():
         scale = views.get(name.removesuffix("weight") + "scale") if name.endswith(".weight") else None
         if scale is not None:
-            stored, found = _quantised(stack, prefix + name)
+            stored, found = quantised(stack.checkpoint, prefix + name, quantise)
             view.copy_(stored)
             scale.copy_(found)
         elif not name.endswith(".scale"):
@@ -86,12 +90,17 @@ def _fill(stack: BlockStack, index: int, slab: torch.Tensor) -> None:
             raise CheckpointError(f"{stack.checkpoint.place}: {name} must be finite, got NaN or infinity")
 
 
-def _quantised(stack: BlockStack, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+def quantised(checkpoint: Checkpoint, name: str, quantise: Quantise) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix of a checkpoint as rows and scales.
+
+    Raises:
+        CheckpointError: it cannot be read, or cannot be quantised because it is not finite.
+    """
     try:
-        return quantise_weight(stack.checkpoint.read(name), stack.weight_format)
+        return quantise(checkpoint.read(name))
     except KernelError as error:
         raise CheckpointError(
-            f"{stack.checkpoint.place}: {name} must be packable: {error.message}",
+            f"{checkpoint.place}: {name} must be packable: {error.message}",
             hint="the checkpoint is damaged: qengine verify MODEL",
         ) from error
 
@@ -123,7 +132,12 @@ def _header(stack: BlockStack, slabs: list[Slab], start: int) -> bytes:
     return struct.pack("<Q", room) + text.ljust(room)
 
 
-def _check_room(path: Path, nbytes: int) -> None:
+def check_room(path: Path, nbytes: int) -> None:
+    """Refuse a disk that has less room than a file will take.
+
+    Raises:
+        OutputError: it is too full.
+    """
     folder = path.parent
     while not folder.exists():
         folder = folder.parent

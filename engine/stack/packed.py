@@ -19,6 +19,7 @@ import torch
 from ...errors import CheckpointError
 from ...kernels.read import read_into
 from ...loaders.header import Header, read_header
+from ..formats import FORMATS
 from ..layout import SlabLayout
 from .blocks import BlockStack
 
@@ -45,6 +46,20 @@ def metadata(stack: BlockStack, slabs: Sequence[Slab]) -> dict[str, str]:
         "qengine.source": stack.checkpoint.fingerprint,
         "qengine.slabs": json.dumps([[slab.offset, slab.nbytes, f"{slab.crc:08x}"] for slab in slabs]),
     }
+
+
+def packed_format(path: Path) -> str:
+    """The weight format of a packed file, from its header alone.
+
+    Raises:
+        CheckpointError: it is not a packed file.
+    """
+    header = read_header(path)
+    _check_version(header)
+    found = header.metadata.get("qengine.format")
+    if found not in FORMATS:
+        raise CheckpointError(f"{path}: qengine.format must be one of {', '.join(FORMATS)}, got {found!r}", hint=_AGAIN)
+    return found
 
 
 class PackedSource:
@@ -106,12 +121,16 @@ class PackedSource:
             self._unchecked.discard(index)
 
 
-def _check_words(header: Header, stack: BlockStack) -> None:
-    expected = metadata(stack, [])
+def _check_version(header: Header) -> None:
     if header.metadata.get("qengine.packed") != VERSION:
         got = header.metadata.get("qengine.packed")
         words = "no packed file" if got is None else f"version {got}"
         raise CheckpointError(f"{header.path} must be a packed file of version {VERSION}, got {words}", hint=_AGAIN)
+
+
+def _check_words(header: Header, stack: BlockStack) -> None:
+    _check_version(header)
+    expected = metadata(stack, [])
     for key in ("qengine.root", "qengine.format", "qengine.plain"):
         if header.metadata.get(key) != expected[key]:
             got = header.metadata.get(key)

@@ -205,7 +205,7 @@ def test_a_cpu_runs_as_stored_and_uses_mapped_slabs_where_it_can(model: ModelFac
     made = plan(model, None, 128, on=host(160))
     assert made.formats.transformer == "bf16" and made.formats.plain == "F32"
     assert made.ceilings.vram_bytes is None and streamed(made) == 0
-    mapped = plan(replace(model, mapped=True), None, 128, on=host(160)).phase("denoise").blocks
+    mapped = plan(model, None, 128, on=host(160), weights="int8").phase("denoise").blocks
     assert mapped is not None and mapped.placement.host == "mapped" and mapped.device_bytes == 0
     assert streamed(plan(model, None, 24, on=host(32))) > 0
 

@@ -18,7 +18,6 @@ from qengine.engine.defaults import DEFAULTS
 from qengine.engine.dit import QwenImageTransformer
 from qengine.engine.encoder import PromptEncoder
 from qengine.engine.plan import (
-    DEAD_IN_LAST_BLOCK,
     Budget,
     Choices,
     DeviceFacts,
@@ -166,12 +165,6 @@ def test_a_quantised_linear_layer_takes_no_more_than_its_scratch(rows, inputs, o
     given_weight = weight.nbytes if weight_format == "fp8" else 0
     predicted = Linear(kernel, dtype.itemsize).scratch(rows, inputs, outputs) + result + given_weight
     assert live.peak <= predicted <= 3 * live.peak + 2 * SLACK_BYTES
-
-
-def test_the_dead_tensors_are_those_of_the_last_block() -> None:
-    from qengine.engine.dit import block
-
-    assert set(block.DEAD_IN_LAST_BLOCK) == DEAD_IN_LAST_BLOCK
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

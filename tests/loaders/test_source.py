@@ -225,7 +225,6 @@ def test_gguf_is_named_whatever_its_suffix(folder) -> None:
         ({"scaled_fp8": torch.zeros(0)}, "scaled_fp8"),
         ({"proj_out.scale_weight": torch.zeros(1)}, "scaled_fp8"),
         ({"proj_out.comfy_quant": torch.zeros(4, dtype=torch.uint8)}, "comfy_quant"),
-        ({"proj_out.weight._data": torch.zeros(4, dtype=torch.int8)}, "quanto"),
         ({"proj_out.qweight": torch.zeros(4, dtype=torch.int32)}, "nunchaku or AWQ"),
         ({"proj_out.weight": torch.zeros(64, 32).to(torch.float8_e4m3fn)}, "raw fp8"),
         ({"proj_out.weight": torch.zeros(64, 32, dtype=torch.int8)}, "int8"),
