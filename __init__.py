@@ -12,6 +12,7 @@ from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .engine.events import Decoded, Encoded, Result, Step
+    from .engine.plan import Budget, Choices, Plan
     from .engine.request import EditRequest, GenerateRequest
     from .engine.session import Engine
     from .engine.state import RunState
@@ -26,15 +27,21 @@ _HOMES = {
     "Decoded": "engine.events",
     "Result": "engine.events",
     "RunState": "engine.state",
+    "Budget": "engine.plan",
+    "Choices": "engine.plan",
+    "Plan": "engine.plan",
     "QEngineError": "errors",
 }
 
 __all__ = [
+    "Budget",
+    "Choices",
     "Decoded",
     "EditRequest",
     "Encoded",
     "Engine",
     "GenerateRequest",
+    "Plan",
     "QEngineError",
     "Result",
     "RunState",

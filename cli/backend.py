@@ -102,3 +102,28 @@ def defaults_of(source: ModelSource) -> Defaults:
     from ..engine.defaults import DEFAULTS
 
     return DEFAULTS[source.defaults]
+
+
+def pack(
+    source: ModelSource,
+    component: str,
+    weight_format: str,
+    *,
+    device: str,
+    dtype: str,
+    path: Path | None,
+    progress: Callable[[int, int], None],
+) -> Path:
+    """Write a packed file for runs on a device in a compute dtype; returns where."""
+    from ..engine.components import pick_device, pick_dtype
+    from ..engine.packing import pack_component
+
+    chosen = pick_dtype(dtype, pick_device(device))
+    return pack_component(source, component, weight_format, dtype=chosen, path=path, progress=progress)
+
+
+def pack_quanto(source: ModelSource, weight_format: str, path: Path, progress: Callable[[int, int], None]) -> None:
+    """Write the transformer in optimum-quanto's names."""
+    from ..engine.packing import pack_quanto as write
+
+    write(source, weight_format, path, progress)

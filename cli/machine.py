@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -57,39 +55,10 @@ def _card(pynvml: Any, index: int) -> Card:
 
 def free_memory_bytes() -> int | None:
     """RAM that a program could still get, or None where the system does not say."""
-    if sys.platform == "win32":
-        return _windows_free_bytes()
-    try:
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-    except OSError:
-        return None
-    values = {name: rest.split()[0] for name, _, rest in (line.partition(":") for line in lines)}
-    return int(values["MemAvailable"]) * 1024 if "MemAvailable" in values else None
+    from ..engine.measure import host_memory
 
-
-def resident_bytes() -> int | None:
-    """Memory that this process holds, or None where the system does not say."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
-    except (OSError, IndexError, ValueError):
-        return None
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-class _MemoryStatus(ctypes.Structure):
-    _fields_ = [
-        ("length", ctypes.c_uint32),
-        ("load", ctypes.c_uint32),
-        *((name, ctypes.c_uint64) for name in ("total", "free", "page_total", "page_free", "v_total", "v_free", "ext")),
-    ]
-
-
-def _windows_free_bytes() -> int | None:
-    status = _MemoryStatus(length=ctypes.sizeof(_MemoryStatus))
-    kernel = ctypes.WinDLL("kernel32") if sys.platform == "win32" else None
-    if kernel is None or not kernel.GlobalMemoryStatusEx(ctypes.byref(status)):
-        return None
-    return int(status.free)
+    found = host_memory()
+    return None if found is None else found[1]
 
 
 def hub_cache() -> Path:

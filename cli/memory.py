@@ -29,8 +29,8 @@ def memory_choice(values: Mapping[str, Any], recorded: Mapping[str, Any] | None 
         CheckpointError: ``--packed`` names no packed file.
     """
     given = {name: values.get(name) for name in NAMES if values.get(name) not in (None, False)}
-    if given.get("packed") and not {"weights", "fp8_scaled"} & given.keys():
-        given["weights"] = backend.packed_format(Path(given["packed"]))
+    if "packed" in given and not {"weights", "fp8_scaled"} & given.keys():
+        given["weights"] = backend.packed_format(Path(str(given["packed"])))
     known = _beside(recorded or {}, given) | given
     if not known:
         return {}

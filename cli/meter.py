@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
-from .progress import Talk
+from .progress import Display, Talk
 from .words import bytes_text, seconds_text
 
 INTERVAL_SECONDS = 0.5
@@ -52,13 +52,13 @@ class ReadMeter:
     """Watches a byte counter from a thread of its own, since loading happens inside the engine's phases.
 
     Args:
-        talk: where the words go.
+        display: where the words go.
         counter: bytes read so far.
         packing: reading is not worth a word while it is active.
     """
 
-    def __init__(self, talk: Talk, counter: Callable[[], int], packing: PackMeter) -> None:
-        self._display = talk.display
+    def __init__(self, display: Display, counter: Callable[[], int], packing: PackMeter | None = None) -> None:
+        self._display = display
         self._counter = counter
         self._packing = packing
         self._said = counter()
@@ -68,7 +68,9 @@ class ReadMeter:
     def look(self) -> None:
         """Say the counter if it grew enough to be worth a word."""
         now = self._counter()
-        if now - self._said >= WORTH_SAYING_BYTES and not self._packing.active:
+        if self._packing is not None and self._packing.active:
+            return
+        if now - self._said >= WORTH_SAYING_BYTES:
             self._said = now
             self._display.reading(f"{bytes_text(now)} read")
 

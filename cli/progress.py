@@ -7,7 +7,7 @@ import threading
 import time
 from typing import Any, Protocol, TextIO
 
-from .machine import resident_bytes
+from ..engine.measure import resident_bytes
 from .words import bytes_text, seconds_text
 
 PHASE_WIDTH = 8

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
 from . import backend
-from .meter import ReadMeter
+from .meter import PackMeter, ReadMeter
 from .order import Order, check_files
 from .outputs import Target, check_preview_folder, choose
 from .progress import StepClock, Talk, memory_words
@@ -56,19 +56,19 @@ def carry_out(order: Order, talk: Talk) -> int:
 
 
 def _run_all(order: Order, items: list[Item], talk: Talk) -> list[dict[str, Any]]:
-    results = []
-    with backend.cancelling(_open(order, talk)) as engine:
+    results, packing = [], PackMeter(talk)
+    with backend.cancelling(_open(order, talk, packing)) as engine:
         for item in items:
-            results.append(_run_one(engine, order, item, talk))
+            results.append(_run_one(engine, order, item, talk, packing))
     return results
 
 
-def _open(order: Order, talk: Talk) -> Engine:
+def _open(order: Order, talk: Talk, packing: PackMeter) -> Engine:
     if order.model.get("model") is None and "dit" not in order.model:
         talk.say(TINY_WORDS)
     start = time.perf_counter()
     talk.display.start("open")
-    engine = backend.open_engine(**order.model)
+    engine = backend.open_engine(packing, **order.model)
     source = engine.source
     size = sum(part.checkpoint.nbytes for part in (source.transformer, source.vae, source.text_encoder))
     took = seconds_text(time.perf_counter() - start)
@@ -83,10 +83,10 @@ def _open(order: Order, talk: Talk) -> Engine:
     return engine
 
 
-def _run_one(engine: Engine, order: Order, item: Item, talk: Talk) -> dict[str, Any]:
+def _run_one(engine: Engine, order: Order, item: Item, talk: Talk, packing: PackMeter) -> dict[str, Any]:
     start = time.perf_counter()
-    with ReadMeter(talk.display, lambda: engine.bytes_read):
-        decoded = _watch(engine, order, item, talk)
+    with ReadMeter(talk.display, lambda: engine.bytes_read, packing):
+        decoded = _watch(engine, order, item, talk, packing)
     metadata = _record(decoded.metadata, order)
     written = metadata if order.metadata else None
     if item.target.picture is not None:
@@ -113,10 +113,11 @@ def _run_one(engine: Engine, order: Order, item: Item, talk: Talk) -> dict[str, 
     }
 
 
-def _watch(engine: Engine, order: Order, item: Item, talk: Talk) -> Decoded:
+def _watch(engine: Engine, order: Order, item: Item, talk: Talk, packing: PackMeter) -> Decoded:
     """Run one request and show every phase; returns the picture."""
     device = str(engine.device)
     clock = StepClock(device)
+    packing.phase = "encode"
     talk.display.start("encode")
     stream: Iterator[Any] = engine.stream(item.request)
     for event in stream:
@@ -124,6 +125,7 @@ def _watch(engine: Engine, order: Order, item: Item, talk: Talk) -> Decoded:
         if phase == "encode":
             _tell_encoded(event, clock, talk)
             clock = StepClock(device)
+            packing.phase = "denoise"
             talk.display.start("denoise")
         elif phase == "denoise":
             done = event.index + 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,7 +98,7 @@ CONTEXT_BYTES = 600 << 20
 def _context_bytes(index: int, reserved: int) -> int:
     """Memory of this process on the card beyond the allocator's, by NVML; a bound where it does not say."""
     try:
-        import pynvml
+        pynvml = import_module("pynvml")
     except ImportError:
         return CONTEXT_BYTES
     try:

@@ -123,11 +123,11 @@ class Checkpoint:
 
     @cached_property
     def identity(self) -> str:
-        """Key for caches of what is computed from the weights: the fingerprint, and path, size and time of every file.
+        """Key for caches of what is computed from the weights: the fingerprint, and size and time of every file.
 
         The fingerprint samples the data; a file rewritten in place with other values elsewhere differs here.
         """
-        files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths]
+        files = [(path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths]
         return hashlib.sha256(json.dumps([self.fingerprint, files]).encode()).hexdigest()
 
     def require(self, expected: Mapping[str, tuple[int, ...]], subject: str, ignore: Collection[str] = ()) -> None:

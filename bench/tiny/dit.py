@@ -1,8 +1,8 @@
 """The transformer: five double-stream blocks, started where a trained one would end up.
 
 On a CPU the budget is a few thousand steps, so what is known beforehand is put in at the start: two heads per block
-read the same position in the reference frame, one head reads the text, the first block copies the reference's latents next
-to the target's, and the noise passes from `img_in` to `proj_out` through the residual stream. Training is free to
+read the same position in the reference frame, one head reads the text, the first block copies the reference's latents
+next to the target's, and the noise passes from `img_in` to `proj_out` through the residual stream. Training is free to
 change all of it.
 """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -120,7 +120,7 @@ class Tape:
         """Why streamed slabs could not be page-locked and go through bounce buffers; None if they were, or need not."""
         return self._host.refusal
 
-    def sweep(self, more: bool) -> Iterator[tuple[int, Views]]:
+    def sweep(self, more: bool) -> Generator[tuple[int, Views], None, None]:
         """Visit every block once, in order.
 
         When control comes back, the visit counts as enqueued and its slot may be filled again. Leaving early, by

@@ -64,8 +64,8 @@ def _write(stack: BlockStack, file: BinaryIO, progress: Progress) -> None:
     for index, slab in enumerate(slabs):
         data = buffer[: slab.nbytes].zero_()
         _fill(stack, index, data)
-        file.write(data.numpy())
-        slabs[index] = replace(slab, crc=zlib.crc32(data.numpy()))
+        file.write(data.numpy().data)
+        slabs[index] = replace(slab, crc=zlib.crc32(data.numpy().data))
         done += slab.nbytes
         progress(done, stack.nbytes)
     file.seek(0)

@@ -111,7 +111,7 @@ class PackedSource:
         with self._checking:
             if index not in self._unchecked:
                 return
-        found = zlib.crc32(data.numpy())
+        found = zlib.crc32(data.numpy().data)
         if found != self._slabs[index].crc:
             raise CheckpointError(
                 f"{self._path}: slab {index} must have checksum {self._slabs[index].crc:08x}, got {found:08x}",

@@ -60,7 +60,7 @@ class FakeEngine:
         self.bytes_read = 0
         self.error: BaseException | None = None
 
-    def open(self, **choice: Any) -> FakeEngine:
+    def open(self, progress: Any, **choice: Any) -> FakeEngine:
         pause("open")
         self.opened.append(choice)
         part = SimpleNamespace(checkpoint=SimpleNamespace(nbytes=1 << 20))

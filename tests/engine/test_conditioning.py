@@ -173,9 +173,7 @@ def test_the_key_depends_on_the_files_of_the_model(tmp_path: Path) -> None:
     shutil.copytree(shared_pipeline("edit-2511"), copied)
 
     def key() -> str:
-        return PromptEncoder(open_model(copied), torch.device("cpu"), torch.float32).key(
-            ["a"], [], "edit-plus"
-        )
+        return PromptEncoder(open_model(copied), torch.device("cpu"), torch.float32).key(["a"], [], "edit-plus")
 
     first = key()
     assert first == open_encoder().key(["a"], [], "edit-plus")
