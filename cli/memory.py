@@ -28,7 +28,7 @@ def memory_choice(values: Mapping[str, Any], recorded: Mapping[str, Any] | None 
         RequestError: as :func:`budget_of` and :func:`choices_of`.
         CheckpointError: ``--packed`` names no packed file.
     """
-    given = {name: values.get(name) for name in NAMES if values.get(name) not in (None, False)}
+    given = {name: value for name in NAMES if (value := values.get(name)) is not None and value is not False}
     if "packed" in given and not {"weights", "fp8_scaled"} & given.keys():
         given["weights"] = backend.packed_format(Path(str(given["packed"])))
     known = _beside(recorded or {}, given) | given

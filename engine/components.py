@@ -215,7 +215,7 @@ class Components:
             device=self.device,
             dtype=self.dtype,
             cache=self._cache,
-            hold=Hold(phase.weight_format, _placement(phase), self._packed),
+            hold=Hold.of(phase, self.planned.kernels["transformer.linear"], self._packed),
             progress=self._progress,
         )
         return self._transformer
@@ -230,7 +230,7 @@ class Components:
                 self.source,
                 torch.device("cpu") if phase.device == "cpu" else self.device,
                 self.dtype,
-                hold=Hold(phase.weight_format, _placement(phase)),
+                hold=Hold.of(phase, plan.kernels["text_encoder.linear"]),
                 cache=self._cache,
                 alone="text_encoder" not in plan.kept_on_device,
                 progress=self._progress,

@@ -21,7 +21,6 @@ from .stack import BlockStack, pack, packed_path
 from .stack.pack import Progress, check_room, quantised
 
 COMPONENTS = ("transformer", "text_encoder")
-LAYOUTS = ("slabs", "quanto")
 
 
 def stack_of(source: ModelSource, component: str, weight_format: str, dtype: torch.dtype) -> BlockStack:

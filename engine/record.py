@@ -15,12 +15,14 @@ FORMAT = 1
 
 
 def numerics(plan: Plan) -> dict[str, str]:
-    """The recorded choices that decide bits beside request, model and device: weight formats, component devices, tile.
+    """The recorded choices that decide bits beside request, model and device: formats, kernels, devices, tile.
 
     Placement is not among them: it never changes a bit.
     """
     return {
         "weights": plan.formats.transformer,
+        "linear": plan.kernels["transformer.linear"],
+        "text_encoder_linear": plan.kernels["text_encoder.linear"],
         "text_encoder_weights": plan.formats.encoder,
         "vae_weights": plan.formats.vae,
         "text_encoder_device": plan.phase("encode").device,

@@ -39,7 +39,7 @@ TORCH_NAMES = MappingProxyType(
         "F64": "float64",
     }
 )
-STAGING_BYTES = 256 << 20
+STAGING_BYTES = 64 << 20
 SAMPLED_TENSORS = 64
 SAMPLE_BYTES = 4096
 
@@ -172,16 +172,16 @@ class Checkpoint:
         import torch
 
         info = self.info(name)
-        tensor = torch.empty(info.shape, dtype=stored_dtype(info))
+        tensor = torch.empty(info.shape, dtype=stored_dtype(info) if dtype is None else dtype)
         self.read_into([(name, tensor)])
-        return tensor if dtype is None else tensor.to(dtype)
+        return tensor
 
     def read_into(self, items: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Fill many tensors at once with the parallel reader, casting where the dtype differs.
 
         Args:
             items: pairs of name and target of the stored shape, any dtype and device. Contiguous CPU targets of the
-                stored dtype are read into directly; the others go through staging of about 256 MiB.
+                stored dtype are read into directly; the others go through staging of 64 MiB.
 
         Raises:
             CheckpointError: a name does not exist, a shape differs, or a file changed or cannot be read.
@@ -199,7 +199,7 @@ class Checkpoint:
         for group in _groups(direct):
             _fill(group)
             self.bytes_read += sum(info.nbytes for info, _ in group)
-        for group in _groups(staged):
+        for group in _groups([piece for info, target in staged for piece in _pieces(info, target)]):
             _fill_staged(group)
             self.bytes_read += sum(info.nbytes for info, _ in group)
 
@@ -269,6 +269,18 @@ def _groups(items: Sequence[tuple[TensorInfo, torch.Tensor]]) -> Iterable[list[t
         held += item[0].nbytes
     if group:
         yield group
+
+
+def _pieces(info: TensorInfo, target: torch.Tensor) -> Iterable[tuple[TensorInfo, torch.Tensor]]:
+    """A tensor in flat pieces that fit the staging; as a whole if it fits, or if the target cannot be cut so."""
+    if info.nbytes <= STAGING_BYTES or not target.is_contiguous():
+        yield info, target
+        return
+    size, flat = info.nbytes // target.numel(), target.detach().view(-1)
+    for start in range(0, len(flat), STAGING_BYTES // size):
+        part = flat[start : start + STAGING_BYTES // size]
+        place = info.offset + start * size
+        yield TensorInfo(info.name, info.dtype, tuple(part.shape), info.path, place, len(part) * size), part
 
 
 def _fill_staged(group: Sequence[tuple[TensorInfo, torch.Tensor]]) -> None:

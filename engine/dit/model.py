@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...errors import CheckpointError
+from ...kernels.linear_fp8 import Fp8Path
 from ...loaders import Component
 from ..formats import DEAD_IN_LAST_BLOCK
 from ..mover import Tape
@@ -117,7 +118,9 @@ class QwenImageTransformer:
         self._parameter = ends.img_in.weight
 
     @staticmethod
-    def stack(component: Component, weight_format: str, dtype: torch.dtype) -> BlockStack[DoubleStreamBlock]:
+    def stack(
+        component: Component, weight_format: str, dtype: torch.dtype, fp8_path: Fp8Path = "dequantise"
+    ) -> BlockStack[DoubleStreamBlock]:
         """The blocks of a checkpoint in a weight format, without modulation and what the last block does not need."""
         config = DiTConfig.from_dict(component.config)
         with torch.device("meta"):
@@ -130,6 +133,7 @@ class QwenImageTransformer:
             weight_format=weight_format,
             dtype=dtype,
             dead=DEAD_IN_LAST_BLOCK,
+            fp8_path=fp8_path,
         )
 
     @classmethod
@@ -159,7 +163,7 @@ class QwenImageTransformer:
         """
         config = DiTConfig.from_dict(component.config)
         checkpoint, hold = component.checkpoint, hold or Hold()
-        stack = cls.stack(component, hold.weight_format, dtype)
+        stack = cls.stack(component, hold.weight_format, dtype, hold.fp8_path)
         blocks = open_tape(stack, hold, device, cache, progress)
         with torch.device("meta"):
             ends = _Ends(config)

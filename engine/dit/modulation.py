@@ -142,8 +142,8 @@ class ModulationRows:
 
     def _linear(self, name: str, inputs: torch.Tensor) -> torch.Tensor:
         """Float32 ``inputs @ W^T + b``, one row at a time: a row's bits must not depend on its neighbours."""
-        weight = self._checkpoint.read(f"{name}.weight").to(self._device, torch.float32)
-        bias = self._checkpoint.read(f"{name}.bias").to(self._device, torch.float32)
+        weight = self._checkpoint.read(f"{name}.weight").to(self._device).float()
+        bias = self._checkpoint.read(f"{name}.bias").to(self._device).float()
         return torch.stack([torch.mv(weight, row).add_(bias) for row in inputs])
 
     def _compute(self, timesteps: Sequence[float]) -> None:

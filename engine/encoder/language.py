@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...kernels.linear_fp8 import Fp8Path
 from ..stack import BlockStack, Hold, open_tape
 from ..stack.pack import Progress
 
@@ -30,14 +31,24 @@ class Segment:
     positions: torch.Tensor
 
 
-def decoder_stack(config: Any, checkpoint: Checkpoint, weight_format: str, dtype: torch.dtype) -> BlockStack:
+def decoder_stack(
+    config: Any, checkpoint: Checkpoint, weight_format: str, dtype: torch.dtype, fp8_path: Fp8Path = "dequantise"
+) -> BlockStack:
     """The decoder layers of a checkpoint in a weight format; ``config`` is transformers' ``Qwen2_5_VLTextConfig``."""
     from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
 
     with torch.device("meta"):
         layer = modeling.Qwen2_5_VLDecoderLayer(config, layer_idx=0)
     count = config.num_hidden_layers
-    return BlockStack(checkpoint, "language_model.layers.", count, layer, weight_format=weight_format, dtype=dtype)
+    return BlockStack(
+        checkpoint,
+        "language_model.layers.",
+        count,
+        layer,
+        weight_format=weight_format,
+        dtype=dtype,
+        fp8_path=fp8_path,
+    )
 
 
 class LanguageModel:
@@ -74,7 +85,7 @@ class LanguageModel:
         self._rotary = modeling.Qwen2_5_VLRotaryEmbedding(config).to(device)
         norm_weight = checkpoint.read("language_model.norm.weight", dtype).to(device)
         self._norm.weight = torch.nn.Parameter(norm_weight, requires_grad=False)
-        stack = decoder_stack(config, checkpoint, hold.weight_format, dtype)
+        stack = decoder_stack(config, checkpoint, hold.weight_format, dtype, hold.fp8_path)
         self._layer = stack.template
         self.tape = open_tape(stack, hold, device, cache, progress)
 

@@ -18,7 +18,7 @@ FLOAT_BYTES = 4
 SMALL_BYTES = 64 << 10
 """Frequencies, positions, timestep features and other vectors that no formula below counts one by one."""
 
-CHUNK_ELEMENTS = 2 << 20
+CHUNK_ELEMENTS, DEVICE_CHUNK_ELEMENTS = 2 << 20, 8 << 20
 CHUNK_COPIES = 5
 OUTPUT_COLUMNS = 1024
 DEQUANTISED_ELEMENTS = 8 << 20
@@ -32,17 +32,19 @@ class Linear:
     Attributes:
         kernel: ``torch`` (none); ``triton`` (8-bit tokens); ``int8`` (8-bit tokens, twice where they are padded, and
             four float32 or int32 copies of 1024 output columns); ``scaled_mm`` (8-bit tokens); ``dequantise`` (8 M
-            weights in the compute dtype and the columns that they make). Tokens are quantised 2 M numbers at a time.
+            weights in the compute dtype and the columns that they make).
         s: size of an element of the compute dtype.
+        chunk_elements: numbers that are quantised or dequantised at a time.
     """
 
     kernel: str
     s: int
+    chunk_elements: int = CHUNK_ELEMENTS
 
     def scratch(self, rows: int, inputs: int, outputs: int) -> int:
         """Bytes for [rows, inputs] times a weight [outputs, inputs]."""
         tokens = rows * (inputs + FLOAT_BYTES)
-        chunk = CHUNK_COPIES * FLOAT_BYTES * min(rows * inputs, CHUNK_ELEMENTS + inputs)
+        chunk = CHUNK_COPIES * FLOAT_BYTES * min(rows * inputs, self.chunk_elements + inputs)
         if self.kernel == "int8":
             columns = min(outputs, OUTPUT_COLUMNS)
             sums = 4 * FLOAT_BYTES * rows * columns + 2 * FLOAT_BYTES * columns * min(inputs, OUTPUT_COLUMNS)
@@ -50,7 +52,7 @@ class Linear:
         if self.kernel == "dequantise":
             step = max(DEQUANTISED_ROWS, DEQUANTISED_ELEMENTS // inputs)
             weights = min(outputs, step) * inputs
-            floats = 2 * FLOAT_BYTES * min(weights, CHUNK_ELEMENTS + inputs)
+            floats = 2 * FLOAT_BYTES * min(weights, self.chunk_elements + inputs)
             return weights * self.s + floats + (rows * step * self.s if outputs > step else 0)
         return {"torch": 0, "triton": tokens, "scaled_mm": tokens + chunk}[self.kernel]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..layout import ITEM_BYTES
-from .activations import Linear
+from .activations import CHUNK_ELEMENTS, DEVICE_CHUNK_ELEMENTS, Linear
 from .budget import Choices
 from .facts import DeviceFacts, TransformerFacts
 from .jobs import JobFacts
@@ -75,7 +75,8 @@ def linear_kernel(device_kind: str, device: DeviceFacts, weight_format: str) -> 
 
 def linear_of(kind: str, device: DeviceFacts, weight_format: str, plain: str) -> Linear:
     """The kernel with its scratch, for a compute dtype by its safetensors name."""
-    return Linear(linear_kernel(kind, device, weight_format), ITEM_BYTES[plain])
+    chunk = DEVICE_CHUNK_ELEMENTS if kind == "cuda" else CHUNK_ELEMENTS
+    return Linear(linear_kernel(kind, device, weight_format), ITEM_BYTES[plain], chunk)
 
 
 def kernels(device: DeviceFacts, formats: Formats, *, encoder_on_cpu: bool) -> dict[str, str]:

@@ -7,6 +7,7 @@ from typing import Generic
 
 import torch
 
+from ...kernels.linear_fp8 import Fp8Path
 from ...loaders.checkpoint import Checkpoint
 from ..formats import QUANTISED, check_format, slab_specs
 from ..layout import SlabLayout
@@ -26,13 +27,14 @@ class BlockStack(Generic[Block]):
         dtype: compute dtype.
         dead: names that the last block does not need; they take no space.
         keep: matrices that stay in the compute dtype.
+        fp8_path: how fp8 multiplies.
 
     Attributes:
         template: the block that runs over the tape.
         layouts: one per block.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (the options by name)
         self,
         checkpoint: Checkpoint,
         root: str,
@@ -43,11 +45,12 @@ class BlockStack(Generic[Block]):
         dtype: torch.dtype,
         dead: Collection[str] = (),
         keep: Collection[str] = (),
+        fp8_path: Fp8Path = "dequantise",
     ) -> None:
         self.checkpoint, self.root, self.weight_format = checkpoint, root, check_format(weight_format)
         self.plain, self.keep = dtype_name(dtype), frozenset(keep)
         shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
-        quantise_module(module, weight_format, self.keep)
+        quantise_module(module, weight_format, self.keep, fp8_path=fp8_path)
         self.template = Template(module)
         whole = SlabLayout.of(slab_specs(shapes, weight_format, self.plain, self.keep))
         alive = {name: shape for name, shape in shapes.items() if name not in dead}

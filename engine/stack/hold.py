@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 
+from ...kernels.linear_fp8 import Fp8Path
 from ..mover import Placement, Tape
+from ..plan import PhasePlan
 from .blocks import BlockStack, CheckpointSource
 from .pack import Progress, pack
 from .packed import PackedSource
@@ -22,11 +24,19 @@ class Hold:
         weight_format: ``bf16``, ``int8`` or ``fp8``.
         placement: which blocks are streamed; None keeps all on the device.
         packed: the packed file; None takes one in the cache where the format needs it, else the checkpoint.
+        fp8_path: how fp8 multiplies.
     """
 
     weight_format: str = "bf16"
     placement: Placement | None = None
     packed: Path | None = None
+    fp8_path: Fp8Path = "dequantise"
+
+    @classmethod
+    def of(cls, phase: PhasePlan, kernel: str, packed: Path | None = None) -> Hold:
+        """What a plan says of a phase, with the kernel of its linear layers."""
+        placement = None if phase.blocks is None else phase.blocks.placement
+        return cls(phase.weight_format, placement, packed, "scaled_mm" if kernel == "scaled_mm" else "dequantise")
 
 
 def packed_path(stack: BlockStack, cache: Path) -> Path:

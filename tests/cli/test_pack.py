@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from qengine.engine import packing
 from qengine.loaders.source import TINY
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -182,4 +181,3 @@ def test_M27_quanto_names_are_written_and_run_again(run, folder: Path, weights: 
     with Image.open("out.png") as first, Image.open("plain.png") as second:
         difference = np.abs(np.asarray(first).astype(int) - np.asarray(second).astype(int))
     assert 0 < difference.max() < 32
-    assert packing.LAYOUTS == ("slabs", "quanto")

@@ -157,3 +157,20 @@ def test_the_fingerprint_sees_data_and_shapes_but_no_path(tmp_path: Path, stored
         path = tmp_path / f"{name}.safetensors"
         save_file(change, path)
         assert (Checkpoint.open([path]).fingerprint == base) is (name == "same")
+
+
+def test_a_tensor_larger_than_the_staging_is_cast_in_pieces(tmp_path, monkeypatch) -> None:
+    from qengine.loaders import checkpoint as module
+
+    monkeypatch.setattr(module, "STAGING_BYTES", 64)
+    stored = {"a": torch.randn(7, 11).bfloat16(), "b": torch.randn(3).bfloat16(), "c": torch.randn(6, 20).bfloat16()}
+    save_file(stored, tmp_path / "m.safetensors")
+    checkpoint = module.Checkpoint.open([tmp_path / "m.safetensors"])
+    targets = {name: torch.full(tensor.shape, torch.nan) for name, tensor in stored.items()}
+    targets["c"] = torch.full((20, 6), torch.nan).t()
+    checkpoint.read_into(list(targets.items()))
+    for name, tensor in stored.items():
+        assert torch.equal(targets[name], tensor.float()) and torch.equal(
+            checkpoint.read(name, torch.float32), targets[name]
+        )
+    assert checkpoint.bytes_read == 2 * checkpoint.nbytes

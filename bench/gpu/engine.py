@@ -1,0 +1,244 @@
+"""Our transformer at true size with random weights, resident and streamed, under the ceilings given to the plan."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ...engine.ceiling import AllocationMeter, make_ceiling
+from ...engine.dit import ModulationTable, QwenImageTransformer
+from ...engine.latents import combine, initial_noise
+from ...engine.measure import device_facts
+from ...engine.plan import Blocks, Budget, Choices, ModelFacts, PhasePlan, Plan, make_plan, parse_size
+from ...engine.plan.rules import step_flops
+from ...engine.schedule import make_schedule
+from ...engine.stack import Hold
+from ...kernels.quant import STORED
+from .geometry import EDIT_2511, TOY, Geometry
+from .probes import LINK_BYTES, TOY_BYTES, link, link_bytes_per_second, row_wise_fp8_works
+from .worker import Line, Run, Stopwatch, per_step, pick_device, serve
+
+SEED = 7
+RAM_BYTES = 100 << 30
+CASES = (
+    "fp8 resident",
+    "fp8 12GiB",
+    "fp8 6GiB",
+    "fp8 8GiB",
+    "fp8 24GiB",
+    "bf16 12GiB",
+    "int8 12GiB",
+    "int8 resident",
+    "bf16 resident",
+)
+TOY_CASES = ("fp8 resident", "fp8 swap1", "fp8 swap2", "fp8 sequential", "int8 resident", "int8 swap2", "bf16 swap2")
+
+
+def engine(toy: bool) -> Run:
+    """What measures a case ``FORMAT PLACE``; PLACE is ``resident``, ``sequential``, ``swapN`` or a ceiling."""
+    device = pick_device(toy)
+    bench = Bench(TOY if toy else EDIT_2511, device, link(device, TOY_BYTES if toy else LINK_BYTES))
+
+    def run(case: str) -> Iterator[Line]:
+        weights, _, place = case.partition(" ")
+        yield bench.measure(weights, place)
+
+    return run
+
+
+class Bench:
+    """One geometry on one device.
+
+    Args:
+        geometry: model and request.
+        device: where it runs.
+        found: what the link's probe said.
+    """
+
+    def __init__(self, geometry: Geometry, device: torch.device, found: Line) -> None:
+        self._geometry, self._device = geometry, device
+        self._link = link_bytes_per_second(found)
+        self._scaled_mm = row_wise_fp8_works(device)
+        self._source = geometry.source()
+        self._facts = ModelFacts.of(self._source)
+        self._flops = step_flops(self._facts.transformer, geometry.job())
+        self._table: ModulationTable | None = None
+        self._schedule = make_schedule(
+            geometry.steps, geometry.grid[0] * geometry.grid[1], self._source.scheduler_config
+        )
+        checkpoint: Any = self._source.transformer.checkpoint
+        checkpoint.prepare(geometry.dtype, torch.bfloat16, *STORED.values())
+
+    def plan(self, weights: str, place: str) -> Plan:
+        """The plan of a case; on a CPU, a number of streamed blocks also gives the ceiling, its own prediction."""
+        choices = Choices(weights=weights, **_placed(place))
+        budget = Budget(ram_bytes=RAM_BYTES, vram_bytes=_ceiling(place))
+        found = self._make_plan(budget, choices)
+        if self._device.type == "cpu":
+            return self._make_plan(replace(budget, vram_bytes=found.vram_bytes), choices)
+        return found
+
+    def _make_plan(self, budget: Budget, choices: Choices) -> Plan:
+        measured = device_facts(self._device)
+        probes = {**measured.probes, "scaled_mm": self._scaled_mm}
+        facts = replace(measured, link_bytes_per_second=self._link, probes=probes)
+        return make_plan(self._facts, self._geometry.job(), budget, facts, choices)
+
+    @torch.no_grad()
+    def measure(self, weights: str, place: str) -> Line:
+        """Load, run all steps, and tell what it took."""
+        plan = self.plan(weights, place)
+        phase = plan.phase("denoise")
+        if phase.blocks is None:
+            raise RuntimeError("a plan must place the transformer's blocks")
+        meter = Meter(self._device, plan.ceilings.vram_bytes, plan.device.context_bytes)
+        with meter.limited():
+            before = time.perf_counter()
+            transformer = self._load(phase, plan.kernels["transformer.linear"])
+            try:
+                loaded = time.perf_counter() - before
+                seconds, latents = self._denoise(transformer)
+                ran = _told(transformer, phase.blocks, self._geometry.steps, on_cuda=self._device.type == "cuda")
+                used = meter.used()
+            finally:
+                transformer.close()
+        return {
+            "weights": weights,
+            "place": place,
+            "linear": plan.kernels["transformer.linear"],
+            "seconds_per_step": per_step(seconds),
+            "seconds": seconds,
+            "tflops": self._flops / per_step(seconds) / 1e12,
+            "load_seconds": loaded,
+            "link_bytes_per_second": self._link,
+            "ceiling_bytes": plan.ceilings.vram_bytes,
+            "plan_bytes": _alone(phase.vram_items),
+            "plan_host_bytes": _alone(phase.host_items),
+            "plan_context_bytes": plan.device.context_bytes,
+            **used,
+            **ran,
+            "hash": hashlib.sha256(latents.float().cpu().numpy().tobytes()).hexdigest(),
+            "finite": bool(latents.isfinite().all()),
+        }
+
+    def _load(self, phase: PhasePlan, kernel: str) -> QwenImageTransformer:
+        return QwenImageTransformer.load(
+            self._source.transformer,
+            device=self._device,
+            dtype=self._geometry.dtype,
+            cache=None,
+            hold=Hold.of(phase, kernel),
+        )
+
+    def _denoise(self, transformer: QwenImageTransformer) -> tuple[list[float], torch.Tensor]:
+        """Seconds of each step, and the latents at the end."""
+        geometry, schedule, dtype = self._geometry, self._schedule, self._geometry.dtype
+        grids = (geometry.grid, geometry.grid)
+        latents, references, prompts = inputs(geometry, self._device)
+        branches = [transformer.branch(prompt, grids) for prompt in prompts]
+        times = [schedule.timestep(index, dtype) for index in range(geometry.steps)]
+        if self._table is None:
+            self._table = transformer.table(times)
+        watch = Stopwatch(self._device)
+        watch.mark()
+        for index, timestep in enumerate(times):
+            more = index + 1 < geometry.steps
+            velocities = transformer.velocity(latents.to(dtype), references, branches, self._table, timestep, more=more)
+            guided = combine(velocities[0].float(), velocities[1].float(), geometry.guidance)
+            latents = schedule.step(index, latents, guided)
+            watch.mark()
+        return watch.seconds(), latents
+
+
+def inputs(geometry: Geometry, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Noise [1, tokens, channels] in float32, reference tokens and the embedded prompts [tokens, width]."""
+    generator = torch.Generator().manual_seed(SEED)
+    noise = initial_noise(SEED, geometry.channels, *geometry.grid)
+    references = torch.randn(noise.shape, generator=generator)
+    width = geometry.transformer["joint_attention_dim"]
+    prompts = [torch.randn(tokens, width, generator=generator) for tokens in geometry.text_tokens]
+    return (
+        noise.to(device),
+        references.to(device, geometry.dtype),
+        [prompt.to(device, geometry.dtype) for prompt in prompts],
+    )
+
+
+class Meter:
+    """The most that a run holds on the device, context included.
+
+    Args:
+        device: on a CPU, every operation is counted in its place.
+        limit_bytes: the ceiling, enforced; None only measures.
+        context_bytes: what the context took when the plan was made.
+    """
+
+    def __init__(self, device: torch.device, limit_bytes: int | None, context_bytes: int) -> None:
+        self._device = device
+        self._counter = AllocationMeter(limit_bytes) if device.type == "cpu" else None
+        self._ceiling = make_ceiling(device, limit_bytes, context_bytes)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def limited(self) -> contextlib.AbstractContextManager[object]:
+        """Inside, the ceiling holds."""
+        return self._ceiling() if self._counter is None else self._counter
+
+    def used(self) -> dict[str, int]:
+        """Peak by allocator and driver, and what the whole card holds now; call it inside."""
+        if self._counter is not None:
+            return {"peak_bytes": self._counter.peak, "context_bytes": 0, "card_bytes": self._counter.live}
+        context = device_facts(self._device).context_bytes
+        free, total = torch.cuda.mem_get_info(self._device)
+        return {
+            "peak_bytes": torch.cuda.max_memory_reserved(self._device) + context,
+            "allocated_bytes": torch.cuda.max_memory_allocated(self._device),
+            "context_bytes": context,
+            "card_bytes": total - free,
+        }
+
+
+def _placed(place: str) -> dict[str, Any]:
+    if place == "resident":
+        return {"offload": "none"}
+    if place == "sequential":
+        return {"offload": "sequential"}
+    return {"blocks_to_swap": int(place.removeprefix("swap"))} if place.startswith("swap") else {}
+
+
+def _ceiling(place: str) -> int | None:
+    return parse_size(place) if place[0].isdigit() else None
+
+
+def _alone(items: tuple[tuple[str, int], ...]) -> int:
+    """The phase without what the plan would keep of other components, which are not here."""
+    return sum(size for label, size in items if not label.endswith(", kept"))
+
+
+def _told(transformer: QwenImageTransformer, blocks: Blocks, steps: int, *, on_cuda: bool) -> dict[str, Any]:
+    """What the tape says of itself, beside what the plan says of it."""
+    tape, placement = transformer.blocks, blocks.placement
+    return {
+        "blocks": len(tape),
+        "streamed": len(tape.placement.streamed),
+        "slots": blocks.slots,
+        "host": placement.host,
+        "copies": len(tape.copies),
+        "copies_planned": len(placement.copied) * steps,
+        "streamed_bytes_per_step": blocks.streamed_bytes,
+        "host_bytes": tape.host_bytes,
+        "registered_bytes": tape.host_bytes if on_cuda and tape.refusal is None else 0,
+        "refusal": tape.refusal,
+    }
+
+
+if __name__ == "__main__":
+    serve(engine)
