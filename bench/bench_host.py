@@ -1,7 +1,8 @@
 """Host memory with true shapes: four Qwen-Image blocks packed and run, against diffusers with optimum-quanto.
 
 Each side runs in a process of its own. ``peak`` is the high-water mark of resident memory above what imports take;
-``anonymous`` leaves out pages that are a file's. Linux only.
+``anonymous`` leaves out pages that are a file's. On a CPU the slots through which blocks are streamed, two slabs, are
+host memory too; ``host`` is the peak without them, as it is where they lie on a card. Linux only.
 """
 
 # pyright: reportPrivateImportUsage=false
@@ -75,7 +76,7 @@ class Memory:
     def __init__(self) -> None:
         # What the allocator has been given back but keeps would hide behind the imports what the work takes.
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-        self._resident, self._anonymous = _status("VmRSS"), _status("RssAnon")
+        self._resident, self._anonymous = _status("VmRSS"), _anonymous()
         self._most = self._anonymous
         Path("/proc/self/clear_refs").write_text("5")
         self._over = threading.Event()
@@ -84,13 +85,17 @@ class Memory:
 
     def _watch(self) -> None:
         while not self._over.wait(SAMPLE_SECONDS):
-            self._most = max(self._most, _status("RssAnon"))
+            self._most = max(self._most, _anonymous())
 
     def end(self) -> dict[str, float]:
         """Peaks above the beginning; ``anonymous`` is sampled every 2 ms."""
         self._over.set()
         self._thread.join()
         return {"peak": _status("VmHWM") - self._resident, "anonymous": self._most - self._anonymous}
+
+
+def _anonymous() -> int:
+    return _status("RssAnon") + _status("RssShmem")
 
 
 def _status(key: str) -> int:
@@ -145,8 +150,9 @@ def stream_side(folder: Path, host: Any) -> dict[str, Any]:
         model = QwenImageTransformer.load(component, device=cpu, dtype=torch.bfloat16, cache=None, hold=hold)
         branch = model.branch(prompt, [GRID])
         (velocity,) = model.velocity(latents, None, [branch], model.table([TIMESTEP]), TIMESTEP)
-        copies = len(model.blocks.copies)
+        copies, slots = len(model.blocks.copies), model.blocks.device_bytes
         model.close()
+    result["run"]["host"] = result["run"]["peak"] - slots
     return result | {"copies": copies, "finite": bool(velocity.isfinite().all())}
 
 
@@ -191,7 +197,9 @@ SIDES: dict[str, Callable[[Path], dict[str, Any]]] = {
 def alone(side: str, folder: Path) -> dict[str, Any]:
     """A side in a process of its own."""
     command = [sys.executable, str(Path(__file__).resolve()), side, str(folder)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
+    # Threads that spin while they wait make a step ten times longer on a busy machine.
+    policy = {"OMP_WAIT_POLICY": "PASSIVE"}
+    environment = os.environ | policy | {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
     done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -226,23 +234,25 @@ def packed(folder: Path) -> dict[str, Any]:
 
 
 def _megabytes(result: dict[str, Any], phase: str) -> dict[str, float]:
-    return {f"{phase}_{name}_mb": result[phase][name] / 1e6 for name in ("peak", "anonymous")}
+    names = ("peak", "anonymous", "host")
+    return {f"{phase}_{name}_mb": result[phase][name] / 1e6 for name in names if name in result[phase]}
 
 
 def test_packing_to_int8(benchmark: Any, packed: dict[str, Any]) -> None:
     """At most 1.2 GB above what imports take, for 2.7 GB of bfloat16."""
-    benchmark.extra_info |= _megabytes(packed, "pack") | {"limit_mb": PACK_LIMIT / 1e6} | packed["pack"]
+    benchmark.extra_info |= _megabytes(packed, "pack") | {"limit_mb": PACK_LIMIT / 1e6}
+    benchmark.extra_info |= {"packed_mb": packed["packed_bytes"] / 1e6, "seconds": packed["pack"]["seconds"]}
     assert packed["pack"]["peak"] <= PACK_LIMIT
     benchmark.pedantic(lambda: None, rounds=1)
 
 
 @pytest.mark.parametrize("host", ["arena", "disk"])
 def test_a_streamed_step(benchmark: Any, folder: Path, packed: dict[str, Any], host: str) -> None:
-    """At most the packed size and 0.5 GB; on a CPU the slots, two slabs, are part of it."""
+    """At most the packed size and 0.5 GB: from the file with the slots, from an arena without them."""
     result, limit = alone(f"stream-{host}", folder), packed["packed_bytes"] + STREAM_MARGIN
     benchmark.extra_info |= _megabytes(result, "run") | {"limit_mb": limit / 1e6, "seconds": result["run"]["seconds"]}
     assert result["finite"] and result["copies"] == CONFIG["num_layers"]
-    assert result["run"]["peak"] <= limit
+    assert result["run"]["peak" if host == "disk" else "host"] <= limit
     benchmark.pedantic(lambda: None, rounds=1)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,6 +16,7 @@ from ..loaders import ModelSource
 from .conditioning import Conditioning, ConditioningCache
 from .dit import QwenImageTransformer
 from .encoder import PromptEncoder
+from .files import recall, write_tensors
 from .mover import Placement, Tape
 from .plan import PhasePlan, Plan
 from .stack import Hold
@@ -25,7 +26,8 @@ from .vae import ImageVAE
 if TYPE_CHECKING:
     from PIL import Image
 
-logger = logging.getLogger(__name__)
+
+PROJECTION_VERSION = "1"
 
 _DTYPES = {
     "float32": torch.float32,
@@ -201,6 +203,19 @@ class Components:
                 weight_format=plan.formats.vae,
             )
         return self._vae
+
+    def projection(self) -> torch.Tensor:
+        """The map from latents to RGB for previews; the VAE is loaded only where the cache does not hold it."""
+        plan, checkpoint = self.planned, self.source.vae.checkpoint
+        words = [checkpoint.identity, self.device.type, plan.formats.vae, PROJECTION_VERSION]
+        key = hashlib.sha256("|".join(words).encode()).hexdigest()[:32]
+        path = self._cache / "previews" / f"{key}.safetensors"
+        stored = recall(path)
+        if stored is not None and stored.keys() == {"projection"}:
+            return stored["projection"]
+        made = self.vae.rgb_projection()
+        write_tensors(path, {"projection": made})
+        return made
 
     @property
     def transformer(self) -> QwenImageTransformer:

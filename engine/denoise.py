@@ -40,8 +40,8 @@ class Seen:
     def of(cls, job: Job, components: Components) -> Seen:
         """Encode the references of a run."""
         components.enter("reference")
-        vae = components.vae
-        return cls(_encode_references(job, components), vae.rgb_projection(), vae.latent_channels)
+        references = _encode_references(job, components)
+        return cls(references, components.projection(), components.source.vae.config["z_dim"])
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 from collections.abc import Callable, Mapping
@@ -10,9 +11,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from ..errors import OutputError
+
+logger = logging.getLogger(__name__)
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
@@ -51,3 +54,14 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_whole(path, lambda temporary: save_file(contiguous, temporary, metadata=dict(metadata or {})))
+
+
+def recall(path: Path) -> dict[str, torch.Tensor] | None:
+    """Tensors of a cached file; None where there is none, or, with a warning, where it cannot be read."""
+    if not path.is_file():
+        return None
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        logger.warning("cached %s cannot be read (%s); computing it again", path, error)
+        return None

@@ -17,10 +17,8 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from ..files import write_tensors
+from ..files import recall, write_tensors
 from .block import BlockRows
 
 logger = logging.getLogger(__name__)
@@ -128,12 +126,8 @@ class ModulationRows:
 
     def _recall(self, timestep: float) -> dict[str, torch.Tensor] | None:
         path = self._path(timestep)
-        if path is None or not path.is_file():
-            return None
-        try:
-            stored = load_file(path)
-        except (SafetensorError, OSError) as error:
-            logger.warning("cached modulation rows %s cannot be read (%s); computing them again", path, error)
+        stored = None if path is None else recall(path)
+        if stored is None:
             return None
         if stored.keys() != {"blocks", "output"} or len(stored["blocks"]) != self._num_layers:
             logger.warning("cached modulation rows %s have another form; computing them again", path)

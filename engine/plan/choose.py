@@ -107,9 +107,15 @@ def _placements(need: Need, device: DeviceFacts, ceilings: Ceilings, choices: Ch
     ):
         found.append(Blocks.of(need.slab_bytes, count, "mapped"))
     for streamed in _counts(need, device, choices):
-        for host in ("arena", "disk") if streamed else ("arena",):
-            found.append(Blocks.of(need.slab_bytes, streamed, host))
+        found += [Blocks.of(need.slab_bytes, streamed, host) for host in _hosts(need, streamed)]
     return found
+
+
+def _hosts(need: Need, streamed: int) -> tuple[str, ...]:
+    """Where streamed slabs may wait; a CPU reads packed ones from their file, since an arena would hold them twice."""
+    if not streamed:
+        return ("arena",)
+    return ("disk",) if need.mapped and need.device == "cpu" else ("arena", "disk")
 
 
 def _counts(need: Need, device: DeviceFacts, choices: Choices) -> Sequence[int]:

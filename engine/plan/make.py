@@ -241,7 +241,8 @@ def _words_on(phases: Mapping[str, PhasePlan], formats: Formats, device: DeviceF
     for phase in phases.values():
         if phase.blocks is not None and phase.blocks.placement.copied and phase.blocks.placement.host == "disk":
             size = size_text(phase.blocks.streamed_bytes)
-            notes.append(f"{phase.name}: {size} are read from the packed file in every pass: --ram is below them")
+            why = "" if phase.device == "cpu" else ": --ram is below them"
+            notes.append(f"{phase.name}: {size} are read from the packed file in every pass{why}")
     return notes
 
 
