@@ -95,13 +95,7 @@ def _commands() -> list[click.Command]:
             [("shell", "bash|zsh|fish|powershell", False)],
             'Print a shell\'s completion script.\n\nIn ~/.bashrc: eval "$(qengine completion bash)"',
         ),
-        click.Command(
-            "bench",
-            callback=_bench,
-            params=[click.Argument(["words"], nargs=-1, type=click.UNPROCESSED, metavar="[ARGUMENTS]...")],
-            help="Measure speed and memory.",
-            context_settings={"ignore_unknown_options": True, "help_option_names": []},
-        ),
+        _Whole("bench", callback=_bench, help="Measure speed and memory."),
     ]
 
 
@@ -205,6 +199,15 @@ def _completion(shell: str) -> int:
 
     print(script(root(), shell))
     return 0
+
+
+class _Whole(click.Command):
+    """A command that gets its words as they are, ``--`` among them."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Hand every word over."""
+        ctx.params["words"] = tuple(args)
+        return []
 
 
 def _bench(words: tuple[str, ...]) -> int:

@@ -145,5 +145,5 @@ def test_bench_gets_its_words(run, monkeypatch: pytest.MonkeyPatch) -> None:
     import qengine.bench
 
     monkeypatch.setattr(qengine.bench, "run", module, raising=False)
-    assert run("bench", "--quick", "-k", "vae")[0] == 0
-    assert seen == [["--quick", "-k", "vae"]]
+    assert run("bench", "--quick", "-k", "vae", "--", "-x", "--help")[0] == 0
+    assert seen == [["--quick", "-k", "vae", "--", "-x", "--help"]]
