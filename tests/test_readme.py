@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +26,13 @@ def test_the_photo_of_the_first_command_is_in_the_repository() -> None:
 def test_the_python_example_runs(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("QENGINE_CACHE", str(tmp_path / "cache"))
-    Image.open(ROOT / "tests" / "photos" / "cat.jpg").save("photo.jpg")
+    shutil.copy(ROOT / "tests" / "photos" / "cat.jpg", "photo.jpg")
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) == 2
     scope: dict = {}
     exec(compile(blocks[0], "README.md", "exec"), scope)
-    assert Image.open("gray.png").size == scope["event"].image.size
+    with Image.open("gray.png") as made:
+        assert made.size == scope["event"].image.size
 
 
 def test_the_backend_example_serves_a_diffusers_style_caller(tmp_path: Path, monkeypatch) -> None:
@@ -46,7 +48,8 @@ def test_the_backend_example_serves_a_diffusers_style_caller(tmp_path: Path, mon
         return {}
 
     pipe = scope["QEngineBackend"]()
-    photo = Image.open(ROOT / "tests" / "photos" / "cat.jpg").resize((128, 128))
+    with Image.open(ROOT / "tests" / "photos" / "cat.jpg") as opened:
+        photo = opened.resize((128, 128))
     options = {"num_inference_steps": 3, "size": (64, 64)}
     image = pipe(photo, "make it grayscale", callback_on_step_end=on_step, **options).images[0]
     assert image.size == (64, 64) and [index for index, _ in seen] == [0, 1, 2]
