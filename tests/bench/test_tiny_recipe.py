@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
-from qengine.bench.tiny import edits, wordings
+from PIL import Image
+from qengine import Engine
+from qengine.bench.tiny import __main__ as recipe
+from qengine.bench.tiny import edits, text, train_dit, train_vae, wordings
 from qengine.bench.tiny.optim import WORKERS, Trainer
+from qengine.engine.defaults import DEFAULTS
 from torch import nn
 
 
@@ -38,3 +43,19 @@ def test_every_edit_has_wordings_in_training_and_held_out_ones() -> None:
     assert len(edits.NAMES) >= 14
     for name in edits.NAMES:
         assert len(wordings.TRAIN[name]) >= 3 and len(wordings.HELD_OUT[name]) >= 3
+
+
+def test_the_recipe_runs_from_nothing_to_a_model_that_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe, "PICTURES", 4)
+    for module in (train_vae, text, train_dit):
+        monkeypatch.setattr(module, "STEPS", 2)
+    monkeypatch.setattr(train_vae.train, "__defaults__", (2,))
+    monkeypatch.setattr(train_dit.train, "__defaults__", (2,))
+    monkeypatch.setattr(train_dit, "ENTRIES", 7)
+    monkeypatch.setattr(train_dit, "WORDINGS", 11)
+    recipe.retrain(tmp_path / "work", tmp_path / "model", seed=3)
+    assert sum(file.stat().st_size for file in (tmp_path / "model").rglob("*") if file.is_file()) <= 16e6
+    picture = Image.new("RGB", (64, 64), "red")
+    with Engine.open(tmp_path / "model", device="cpu", cache_dir=tmp_path / "cache") as engine:
+        assert engine.defaults == DEFAULTS["tiny"]
+        engine.edit(picture, "make it night", size=(64, 64), num_inference_steps=1)

@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from qengine import Engine
 from qengine.bench.tiny import edits, evaluate, wordings
+from qengine.engine.vae import ImageVAE
+from qengine.loaders import open_model
 from qengine.loaders.source import TINY
 
 PHOTOS = Path(__file__).resolve().parents[1] / "photos"
@@ -114,3 +116,13 @@ def test_the_output_of_a_photo_keeps_its_shape_and_says_its_size(engine: Engine,
     result = engine.edit(photos[0][1].resize((400, 300)), "make it grayscale", num_inference_steps=1)
     assert result.image.width > result.image.height
     assert any("this model works at about that area" in note for note in result.notes)
+
+
+def test_R01_the_trained_vae_gives_photos_back_above_30_db(photos) -> None:
+    vae = ImageVAE.load(open_model(None).vae, device="cpu", dtype=torch.float32)
+    found = []
+    for _, photo in photos:
+        pixels = evaluate.to_tensor(evaluate.fit(photo, (256, 256)))
+        back = vae.decode(vae.encode(pixels[None] * 2 - 1))[0] / 2 + 0.5
+        found.append(evaluate.psnr(back, pixels))
+    assert sum(found) / len(found) > 30, found
