@@ -82,7 +82,7 @@ def test_the_copies_counted_are_the_streamed_blocks_of_every_step(toy: Lines) ->
     assert [line["copies"] for line in runs] == [line["streamed"] * TOY.steps for line in runs]
     assert [line["copies"] for line in runs] == [line["copies_planned"] for line in runs]
     assert {line["streamed"] for line in runs} == {0, 1, 2, 3}
-    assert all((line["host_bytes"] > 0) == (line["streamed"] > 0) for line in runs)
+    assert all((line["host_bytes"] > 0) == (line["streamed"] > 0 and line["host"] == "arena") for line in runs)
 
 
 def test_a_run_holds_what_the_plan_predicts_at_most_and_the_counter_saw_it(toy: Lines) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -155,6 +156,8 @@ def replacements(engine: FakeEngine) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    # A shell may have started the tests with Ctrl-C ignored, which children inherit.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     from qengine.cli import main
 
     for name, value in replacements(FakeEngine()).items():
