@@ -155,10 +155,13 @@ def _encode(model: ModelFacts, job: JobFacts, device: DeviceFacts, formats: Form
     linear = linear_of(kind, device, formats.encoder, formats.plain)
     items: list[tuple[str, int]] = []
     if job.patches:
-        tower = sum(encoder.vision_stack.slab_bytes(formats.encoder, formats.plain))
+        tower = sum(encoder.vision_stack.slab_bytes("bf16", formats.plain))
         items.append(("vision tower", tower + encoder.vision_ends_parameters * s + 2 * ALIGNMENT_BYTES))
     items.append(("ends", encoder.hidden * s + encoder.head_dim * 4 + ALIGNMENT_BYTES))
-    most = max(language_bytes(encoder, job, s, linear), vision_bytes(encoder, job, s, linear))
+    most = max(
+        language_bytes(encoder, job, s, linear),
+        vision_bytes(encoder, job, s, linear_of(kind, device, "bf16", formats.plain)),
+    )
     items += _activations(kind, most, 0)
     slabs = encoder.stack.slab_bytes(formats.encoder, formats.plain)
     return _need("encode", encoder.part, kind, formats.encoder, slabs, items, formats)
