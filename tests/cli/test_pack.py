@@ -134,6 +134,7 @@ def test_ctrl_c_while_packing_leaves_nothing_and_keeps_the_old_file(folder: Path
     code = (
         "import os, signal, sys\n"
         "from qengine.cli import main, meter\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell may have had it ignored
         "call = meter.PackMeter.__call__\n"
         "def pressed(self, done, total):\n"
         "    call(self, done, total)\n"
