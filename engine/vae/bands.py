@@ -13,7 +13,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .cut import Cut, split_evenly
 from .layers import Conv, Norm, Residual
@@ -75,7 +74,7 @@ class Conv3x3:
         buffer = self._halo.push(rows, last)
         if buffer is None:
             return None
-        return F.conv2d(buffer, self._conv.weight, self._conv.bias, padding=(0, 1))
+        return self._conv.over(buffer, padding=(0, 1))
 
 
 class ResidualRows:
@@ -124,7 +123,7 @@ class Upsample:
         batch, _, height, width = buffer.shape
         height -= 2
         channels = self._conv.outputs // 4
-        phases = F.conv2d(buffer, self._conv.weight, self._conv.bias, padding=(0, 1)).permute(0, 2, 3, 1)
+        phases = self._conv.over(buffer, padding=(0, 1)).permute(0, 2, 3, 1)
         del buffer
         out = rows.new_empty((batch, height, 2, width, 2, channels))
         for odd_row in (0, 1):
@@ -158,7 +157,7 @@ class Downsample:
         self._kept = buffer[:, :, 2 * finished :].clone()
         if not finished:
             return None
-        return F.conv2d(buffer, self._conv.weight, self._conv.bias, stride=2)
+        return self._conv.over(buffer, stride=2)
 
 
 class Join:
