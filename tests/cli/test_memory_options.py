@@ -46,6 +46,13 @@ def test_E14_where_weights_lie_changes_no_bit(run, words: list[str]) -> None:
     assert numerics("out.png") == numerics("plain.png")
 
 
+def test_M23_fp8_base_is_another_word_for_scaled_fp8(run) -> None:
+    for flag in ("--fp8_base", "--fp8_scaled"):
+        assert run(*EDIT, flag, "-o", f"{flag[2:]}.png")[0] == 0
+    assert numerics("fp8_base.png")["weights"] == "fp8"
+    assert (pixels("fp8_base.png") == pixels("fp8_scaled.png")).all()
+
+
 @pytest.mark.parametrize(
     ("words", "recorded"),
     [
