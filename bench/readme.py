@@ -16,14 +16,34 @@ from ..errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+_HALVES = ("encoder", "decoder")
+
+
+def _newest(results: Path) -> dict[str, dict[str, Any]]:
+    """Newest line of every benchmark."""
+    entries = map(json.loads, (results / "cpu.jsonl").read_text(encoding="utf-8").splitlines())
+    return {entry["benchmark"]: entry for entry in entries}
+
+
+def _vae(results: Path) -> str:
+    """Bytes and drift of the VAE's weight formats."""
+    rows = [
+        "| VAE weights | encoder MB | decoder MB | PSNR of decoded pixels, dB | largest error | PSNR of latents, dB |",
+        "|---|---|---|---|---|---|",
+    ]
+    found = {name: entry for name, entry in _newest(results).items() if "decode_psnr" in entry}
+    for index, (name, entry) in enumerate(found.items()):
+        if not index:
+            rows.append("| bf16 | {:.1f} | {:.1f} | | | |".format(*(entry[f"{p}_bytes_bf16"] / 1e6 for p in _HALVES)))
+        sizes = [f"{entry[f'{part}_bytes'] / 1e6:.1f}" for part in _HALVES]
+        drift = [f"{entry['decode_psnr']:.1f}", f"{entry['decode_max_error']:.3f}", f"{entry['encode_psnr']:.1f}"]
+        rows.append("| " + " | ".join([name.partition("[")[2].rstrip("]"), *sizes, *drift]) + " |")
+    return "\n".join(rows)
 
 
 def _speed(results: Path) -> str:
-    """Newest line of every benchmark."""
-    newest: dict[str, dict[str, Any]] = {}
-    for line in (results / "cpu.jsonl").read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
-        newest[entry["benchmark"]] = entry
+    """Every benchmark with a rival or a time of its own."""
+    newest = {name: entry for name, entry in _newest(results).items() if "decode_psnr" not in entry}
     rows = ["| what | qengine s | rival s | faster | peak memory, qengine / rival |", "|---|---|---|---|---|"]
     for name, entry in newest.items():
         rival = entry.get("diffusers_seconds", entry.get("safetensors_seconds"))
@@ -70,7 +90,7 @@ def _tiny(results: Path) -> str:
     return "\n".join(rows)
 
 
-TABLES: dict[str, Callable[[Path], str]] = {"speed": _speed, "tiny": _tiny}
+TABLES: dict[str, Callable[[Path], str]] = {"speed": _speed, "vae": _vae, "tiny": _tiny}
 
 
 def render(text: str, results: Path = RESULTS) -> str:
