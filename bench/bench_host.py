@@ -26,20 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from qengine.bench.true_shapes import transformer
 
-CONFIG = {
-    "_class_name": "QwenImageTransformer2DModel",
-    "num_layers": 4,
-    "num_attention_heads": 24,
-    "attention_head_dim": 128,
-    "joint_attention_dim": 3584,
-    "in_channels": 64,
-    "out_channels": 16,
-    "patch_size": 2,
-    "axes_dims_rope": [16, 56, 56],
-    "guidance_embeds": False,
-    "zero_cond_t": False,
-}
+CONFIG = {**transformer(4), "zero_cond_t": False}
 GRID = (16, 16)
 TEXT_TOKENS = 64
 TIMESTEP = 1.0

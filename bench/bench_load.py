@@ -10,24 +10,13 @@ import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
 from qengine.bench.rivals import duel
+from qengine.bench.true_shapes import transformer
 from qengine.engine.dit import QwenImageTransformer
 from qengine.loaders.component import open_transformer
 from safetensors.torch import load_file, save_file
 
 CPU = torch.device("cpu")
-CONFIG = {
-    "_class_name": "QwenImageTransformer2DModel",
-    "num_layers": 2,
-    "num_attention_heads": 24,
-    "attention_head_dim": 128,
-    "joint_attention_dim": 3584,
-    "in_channels": 64,
-    "out_channels": 16,
-    "patch_size": 2,
-    "axes_dims_rope": [16, 56, 56],
-    "guidance_embeds": False,
-    "zero_cond_t": True,
-}
+CONFIG = transformer(2)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from qengine.bench.true_shapes import transformer
 from qengine.engine.dit import QwenImageTransformer
 from qengine.engine.quant import dequantise_weight
 from qengine.engine.stack import pack
@@ -15,16 +16,7 @@ from qengine.loaders.component import Component
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-CONFIG = {
-    "num_layers": 1,
-    "num_attention_heads": 24,
-    "attention_head_dim": 128,
-    "joint_attention_dim": 3584,
-    "in_channels": 64,
-    "out_channels": 16,
-    "patch_size": 2,
-    "axes_dims_rope": [16, 56, 56],
-}
+CONFIG = transformer(1)
 ERROR = {"int8": 0.01, "fp8": 0.04}
 CHECKED = "transformer_blocks.0.attn.to_q.weight"
 

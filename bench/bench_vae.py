@@ -19,19 +19,12 @@ from typing import Any
 
 import torch
 from qengine.bench.rivals import duel
+from qengine.bench.true_shapes import VAE
 from qengine.engine.vae import ImageVAE
 from qengine.engine.vae.config import VaeConfig, expected_shapes
 from qengine.engine.vae.memory import weight_bytes
 
-CONFIG: Mapping[str, Any] = {
-    "base_dim": 96,
-    "z_dim": 16,
-    "dim_mult": [1, 2, 4, 4],
-    "num_res_blocks": 2,
-    "temperal_downsample": [False, True, True],
-    "latents_mean": [0.0] * 16,
-    "latents_std": [1.0] * 16,
-}
+CONFIG: Mapping[str, Any] = {name: value for name, value in VAE.items() if not name.startswith("_")}
 GATE = 1e-4
 CASES = [(direction, pixels) for direction in ("decode", "encode") for pixels in (256, 512)]
 SIDES = ("ours", "diffusers")

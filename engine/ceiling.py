@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -18,7 +18,7 @@ Ceiling = Callable[[], contextlib.AbstractContextManager[object]]
 
 
 class AllocationMeter(TorchDispatchMode):
-    """Counts the storages that operations make on a CPU, and refuses what goes above a limit.
+    """Counts the bytes of storages that operations make, as long as they live, and refuses what goes above a limit.
 
     Memory that no operation made (the host arena, mapped files) does not count: it is host memory, not the device's.
 
@@ -26,7 +26,7 @@ class AllocationMeter(TorchDispatchMode):
         limit_bytes: most bytes that may be alive; None only counts.
 
     Attributes:
-        live: bytes alive after the last operation.
+        live: bytes alive now.
         peak: most bytes alive after any operation.
         allocations: operations that made a storage.
     """
@@ -35,30 +35,31 @@ class AllocationMeter(TorchDispatchMode):
         super().__init__()
         self.limit_bytes = limit_bytes
         self.live = self.peak = self.allocations = 0
-        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Run the operation and count what it made."""
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        """Run the operation and count what it made; what comes in unknown was made by none."""
+        self._watch((args, kwargs), counted=False)
         result = func(*args, **(kwargs or {}))
-        fresh = self._fresh(result, given)
-        if fresh:
-            self._count(fresh)
+        if self._watch(result, counted=True):
+            self._allocated()
         return result
 
-    def _fresh(self, result: Any, given: set[int]) -> dict[int, tuple[StorageWeakRef, int]]:
-        found = {}
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
-                storage = tensor.untyped_storage()
-                if storage._cdata not in given:
-                    found[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        return found
+    def _watch(self, tree: Any, *, counted: bool) -> bool:
+        storages = [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+        fresh = {storage._cdata: storage for storage in storages if storage._cdata not in self._known}
+        for key, storage in fresh.items():
+            nbytes = storage.nbytes() if counted else 0
+            self._known.add(key)
+            self.live += nbytes
+            weakref.finalize(storage, self._gone, key, nbytes).atexit = False
+        return bool(fresh)
 
-    def _count(self, fresh: dict[int, tuple[StorageWeakRef, int]]) -> None:
-        alive = {key: entry for key, entry in self._storages.items() if not entry[0].expired()}
-        self._storages = alive | fresh
-        self.live = sum(size for _, size in self._storages.values())
+    def _gone(self, key: int, nbytes: int) -> None:
+        self._known.discard(key)
+        self.live -= nbytes
+
+    def _allocated(self) -> None:
         self.allocations += 1
         if self.limit_bytes is not None and self.live > self.limit_bytes:
             raise torch.OutOfMemoryError(f"{self.live} bytes are alive, {self.limit_bytes} are allowed")

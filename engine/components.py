@@ -207,7 +207,7 @@ class Components:
     def projection(self) -> torch.Tensor:
         """The map from latents to RGB for previews; the VAE is loaded only where the cache does not hold it."""
         plan, checkpoint = self.planned, self.source.vae.checkpoint
-        words = [checkpoint.identity, self.device.type, plan.formats.vae, PROJECTION_VERSION]
+        words = [checkpoint.identity, self.device.type, str(self.dtype), plan.formats.vae, PROJECTION_VERSION]
         key = hashlib.sha256("|".join(words).encode()).hexdigest()[:32]
         path = self._cache / "previews" / f"{key}.safetensors"
         stored = recall(path)
@@ -294,11 +294,17 @@ class Components:
         Args:
             vram: what lies on the device.
             ram: streamed slabs that lie in host memory.
+
+        Raises:
+            RequestError: host memory is to be freed under weights that stay on the device.
         """
+        if not vram:
+            if ram:
+                raise RequestError("vram must be true where ram is, got false", hint="release() frees both")
+            return
         for component in ("text_encoder", "transformer", "vae"):
-            if vram:
-                self.free(component, keep_host=not ram)
-        if vram and ram:
+            self.free(component, keep_host=not ram)
+        if ram:
             self._encoder = None
 
     def rest(self) -> None:

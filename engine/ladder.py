@@ -78,12 +78,11 @@ def what_would_fit(model: ModelFacts, job: JobFacts, plan: Plan, budget: Budget,
     First every block streamed under the same ceilings; where that was the plan, the ceiling that it would need with a
     sixteenth to spare.
     """
-    if not choices.text_encoder_cpu and any(phase.blocks is not None for phase in plan.phases):
-        leaner = replace(choices, offload="sequential", blocks_to_swap=None)
-        with contextlib.suppress(PlanError, RequestError):
-            found = make_plan(model, job, budget, plan.device, leaner)
-            if found.vram_bytes < plan.vram_bytes:
-                return found.command
+    leaner = replace(choices, offload="sequential", blocks_to_swap=None)
+    with contextlib.suppress(PlanError):
+        found = make_plan(model, job, budget, plan.device, leaner)
+        if found.vram_bytes < plan.vram_bytes:
+            return found.command
     needed = plan.vram_bytes + plan.vram_bytes // 16
     return f"give at least {needed / 2**30:.2f} GiB (--vram), or ask for a smaller --size"
 

@@ -78,13 +78,14 @@ def _cuda_facts(device: torch.device, host_total: int, host_free: int, probes: d
     major, minor = torch.cuda.get_device_capability(index)
     free, total = torch.cuda.mem_get_info(index)
     reserved = torch.cuda.memory_reserved(index)
+    context = _context_bytes(index, reserved)
     return DeviceFacts(
         kind="cuda",
         name=torch.cuda.get_device_name(index),
         architecture=10 * major + minor,
         total_bytes=total,
-        free_bytes=free + reserved + _context_bytes(index, reserved),
-        context_bytes=_context_bytes(index, reserved),
+        free_bytes=free + reserved + context,
+        context_bytes=context,
         host_total_bytes=host_total,
         host_free_bytes=host_free,
         probes=probes,

@@ -199,7 +199,7 @@ class Engine:
             ram: streamed weights in host memory; ``release(ram=False)`` keeps them for a quick return.
 
         Raises:
-            RequestError: a run is under way.
+            RequestError: a run is under way, or host memory is to be freed under weights that stay on the device.
         """
         with self._turn.take(wait=False):
             self._components.release(vram=vram, ram=ram)

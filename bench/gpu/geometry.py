@@ -13,6 +13,7 @@ from ...engine.plan import JobFacts
 from ...loaders import shapes
 from ...loaders.component import Component
 from ...loaders.source import ModelSource
+from ..true_shapes import TEXT_ENCODER, TRANSFORMER, VAE
 from .weights import RandomCheckpoint
 
 DROPPED_TOKENS = 64
@@ -100,38 +101,9 @@ SCHEDULER = {
 }
 
 EDIT_2511 = Geometry(
-    transformer={
-        "patch_size": 2,
-        "in_channels": 64,
-        "out_channels": 16,
-        "num_layers": 60,
-        "attention_head_dim": 128,
-        "num_attention_heads": 24,
-        "joint_attention_dim": 3584,
-        "axes_dims_rope": [16, 56, 56],
-        "zero_cond_t": True,
-    },
-    text_encoder={
-        "text_config": {
-            "hidden_size": 3584,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 28,
-            "num_key_value_heads": 4,
-            "intermediate_size": 18944,
-            "vocab_size": 152064,
-        },
-        "vision_config": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16},
-    },
-    vae={
-        "base_dim": 96,
-        "z_dim": 16,
-        "dim_mult": [1, 2, 4, 4],
-        "num_res_blocks": 2,
-        "attn_scales": [],
-        "temperal_downsample": [False, True, True],
-        "latents_mean": [0.0] * 16,
-        "latents_std": [1.0] * 16,
-    },
+    transformer=TRANSFORMER,
+    text_encoder=TEXT_ENCODER,
+    vae=VAE,
     grid=(64, 64),
     patches=(28, 28),
     text_tokens=(250, 243),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from ...loaders.checkpoint import STAGING_BYTES
 from ..formats import QUANTISED
 from ..layout import ITEM_BYTES
 from ..vae.cut import PROJECTION_CELLS, Cut
@@ -20,7 +21,6 @@ Items = tuple[tuple[str, int], ...]
 
 MIB = 1 << 20
 ALIGNMENT_BYTES = 64 << 10
-STAGING_BYTES = 256 * MIB
 RING_BYTES = 1 << 30
 PROCESS_BYTES = {"cpu": 700 * MIB, "cuda": 2048 * MIB}
 """Host memory of a process with its imports, where it was not measured; with CUDA the driver's part is included."""

@@ -23,7 +23,6 @@ from qengine.engine.session import Engine as Session
 from qengine.errors import MemoryLadderError, PlanError, RequestError
 
 KIND = "edit-2511"
-LAYERS = 2
 
 
 @pytest.fixture(autouse=True)
@@ -152,6 +151,8 @@ def test_release_frees_and_the_next_run_gives_the_same_bits(tmp_path: Path) -> N
         tape = engine._components.tape("transformer")
         assert tape is not None and tape.suspended and tape.host_bytes
         assert run(engine) == first
+        with pytest.raises(RequestError, match="vram must be true"):
+            engine.release(vram=False)
         engine.release()
         assert engine._components.tape("transformer") is None
         assert run(engine) == first
@@ -206,8 +207,8 @@ class FailingMeter(AllocationMeter):
         super().__init__()
         self._k, self._always = k, always
 
-    def _count(self, fresh: Any) -> None:
-        super()._count(fresh)
+    def _allocated(self) -> None:
+        super()._allocated()
         if self.allocations == self._k or (self._always and self.allocations >= self._k):
             raise torch.OutOfMemoryError(f"injected at allocation {self.allocations}")
 
@@ -270,7 +271,6 @@ def test_E16_memory_that_stays_out_ends_in_exit_6_and_the_next_request_works(cou
         assert run(engine) == expected
     del engine, caught
     gc.collect()
-    meter._count({})
     assert meter.live < 4 << 20
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pipelines import shared_pipeline
 from qengine import Engine
+from qengine.engine.ceiling import AllocationMeter
 from qengine.engine.defaults import DEFAULTS
 from qengine.engine.dit import QwenImageTransformer
 from qengine.engine.encoder import PromptEncoder
@@ -38,10 +37,6 @@ from qengine.engine.plan.jobs import patch_grid
 from qengine.kernels.linear_fp8 import linear_fp8
 from qengine.kernels.linear_int8 import linear_int8
 from qengine.loaders import ModelSource, open_model
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from live_bytes import LiveBytes  # noqa: E402
 
 CPU = torch.device("cpu")
 SLACK_BYTES = 1 << 20
@@ -92,7 +87,7 @@ def job_of(target, references, texts, steps: int = 2) -> JobFacts:
 def test_a_step_allocates_no_more_than_predicted(target, references, texts, dtype) -> None:
     model, transformer = facts(), transformer_of(dtype)
     job, s = job_of(target, references, texts), dtype.itemsize
-    with torch.no_grad(), LiveBytes() as live:
+    with torch.no_grad(), AllocationMeter() as live:
         table = transformer.table([first := float(torch.rand(())), 0.25])
         branches = [transformer.branch(torch.randn(n, 64, dtype=dtype), [target, *references]) for n in texts]
         latents = torch.randn(1, job.target_tokens, 64)
@@ -124,7 +119,7 @@ def test_encoding_allocates_no_more_than_predicted(sizes, prompts, dtype) -> Non
         processor=source().processor_config,
         steps=1,
     )
-    with LiveBytes() as live:
+    with AllocationMeter() as live:
         encoder.encode(prompts, pictures, "edit-plus")
     linear, s = Linear("torch", dtype.itemsize), dtype.itemsize
     vision = vision_bytes(model.encoder, job, s, linear)
@@ -155,7 +150,7 @@ def test_the_patch_grid_is_that_of_the_image_processor(size: tuple[int, int], li
 def test_a_quantised_linear_layer_takes_no_more_than_its_scratch(rows, inputs, outputs, dtype, weight_format) -> None:
     x, scale = torch.randn(rows, inputs, dtype=dtype), torch.rand(outputs)
     weight = torch.randint(-100, 100, (outputs, inputs), dtype=torch.int8)
-    with torch.no_grad(), LiveBytes() as live:
+    with torch.no_grad(), AllocationMeter() as live:
         if weight_format == "int8":
             linear_int8(x, weight, scale, None, 64)
         else:
@@ -183,7 +178,7 @@ def test_a_whole_run_stays_below_the_predicted_peak(dtype: str, size: tuple[int,
         Engine.open(shared_pipeline("edit-2511"), device="cpu", dtype=dtype, cache_dir=tmp_path) as engine,
     ):
         patch.setitem(DEFAULTS, engine.source.defaults, defaults)
-        with LiveBytes() as live:
+        with AllocationMeter() as live:
             picture = Image.new("RGB", size, (200, 90, 30))
             engine.edit(picture, **fields)
     assert live.peak <= plan.vram_bytes

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import weakref
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -14,12 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kept import kept_bytes
+from qengine.engine.ceiling import AllocationMeter
 from qengine.engine.vae import ImageVAE
 from qengine.engine.vae.config import VaeConfig, expected_shapes
 from qengine.engine.vae.cut import Cut
 from qengine.engine.vae.memory import decode_bytes, encode_bytes, weight_bytes
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 MIB = 1 << 20
 
@@ -60,44 +58,9 @@ def _load(config: Mapping[str, Any], dtype: torch.dtype, device: str, weight_for
     return ImageVAE.load(component, device=device, dtype=dtype, weight_format=weight_format)
 
 
-class LiveBytes(TorchDispatchMode):
-    """The most bytes in storages that operations made and that were alive at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._seen: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # Weights and inputs come in as arguments before any operation returns them.
-        self._watch((args, kwargs), counted=False)
-        result = func(*args, **(kwargs or {}))
-        self._watch(result, counted=True)
-        return result
-
-    def _watch(self, tree: Any, counted: bool) -> None:
-        for leaf in tree_leaves(tree):
-            if isinstance(leaf, torch.Tensor):
-                self._watch_storage(leaf.untyped_storage(), counted)
-
-    def _watch_storage(self, storage: torch.UntypedStorage, counted: bool) -> None:
-        key = storage._cdata
-        if key in self._seen:
-            return
-        self._seen.add(key)
-        nbytes = storage.nbytes() if counted else 0
-        self.live += nbytes
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._gone, key, nbytes)
-
-    def _gone(self, key: int, nbytes: int) -> None:
-        self._seen.discard(key)
-        self.live -= nbytes
-
-
 def test_live_bytes_follow_storages_through_views_and_deletion() -> None:
     given = torch.zeros(1000)
-    with LiveBytes() as mode:
+    with AllocationMeter() as mode:
         view = (given + 1)[:3]
         assert mode.live == 4000
         second = view.double() + view
@@ -111,7 +74,7 @@ def test_live_bytes_follow_storages_through_views_and_deletion() -> None:
 
 
 def _measured(run: Callable[[], torch.Tensor]) -> int:
-    with LiveBytes() as mode:
+    with AllocationMeter() as mode:
         run()
     return mode.peak
 
