@@ -1,9 +1,13 @@
 """Settings for all tests: few threads, one seed, no network, no surprises from the user's environment."""
 
+import os
+
 import pytest
 import torch
 
 torch.set_num_threads(2)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)
