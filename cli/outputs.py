@@ -124,6 +124,19 @@ def _candidates(stem: str) -> Iterator[str]:
         yield f"{stem}-{number}"
 
 
+def check_picture_file(path: Path, never: Sequence[Path]) -> None:
+    """Check that a picture can be written under a name.
+
+    Raises:
+        RequestError: the name has no picture's suffix, or is one of the inputs.
+        OutputError: the folder is missing or cannot be written.
+    """
+    if path.suffix.lower() not in PICTURES:
+        raise RequestError(f"output must end in one of {', '.join(PICTURES)}, got {path}")
+    _check_folder(path.parent, create=False)
+    _check_file(path, never)
+
+
 def check_preview_folder(folder: Path) -> None:
     """Raise OutputError where step pictures could not be written; the folder itself may be missing."""
     _check_folder(folder, create=True)

@@ -6,6 +6,7 @@ import hashlib
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
 from os import PathLike
@@ -30,7 +31,7 @@ class Picture:
     """A picture as the engine takes it.
 
     Attributes:
-        image: mode RGB, upright, sRGB.
+        image: mode RGB, upright, sRGB; mode L where it is a mask.
         sha256: of the file's bytes; of mode, size and pixels where the picture was handed over in memory.
         label: the path as given, or "picture".
         notes: decisions worth telling, one sentence each.
@@ -52,9 +53,33 @@ def load_picture(source: str | PathLike[str] | bytes | Image.Image, *, max_pixel
     Raises:
         InputError: missing, a folder, empty, of no known format, damaged, or above the cap.
     """
+    return _load(source, "picture", max_pixels, _normalise)
+
+
+def load_mask(source: str | PathLike[str] | bytes | Image.Image, *, max_pixels: int = MAX_PIXELS) -> Picture:
+    """Read a mask: upright, mode L, white where a change is asked.
+
+    An alpha channel that is not opaque everywhere is the mask: transparent is white. Otherwise the brightness is.
+
+    Args:
+        source: a file, the bytes of one, or an image.
+        max_pixels: as :func:`load_picture`.
+
+    Raises:
+        InputError: as :func:`load_picture`.
+    """
+    return _load(source, "mask", max_pixels, _as_mask)
+
+
+def _load(
+    source: str | PathLike[str] | bytes | Image.Image,
+    what: str,
+    max_pixels: int,
+    take: Callable[[Image.Image, str, str, int], Picture],
+) -> Picture:
     if isinstance(source, Image.Image):
-        return _normalise(source, "picture", "", max_pixels)
-    label, data = ("picture", source) if isinstance(source, bytes) else (str(source), _read(Path(source)))
+        return take(source, what, "", max_pixels)
+    label, data = (what, source) if isinstance(source, bytes) else (str(source), _read(Path(source)))
     if not data:
         raise InputError(f"{label} must be a picture, got an empty file")
     try:
@@ -63,7 +88,7 @@ def load_picture(source: str | PathLike[str] | bytes | Image.Image, *, max_pixel
             with _open(data, label, max_pixels) as image:
                 _check_pixels(image, label, max_pixels)
                 image.load()
-                picture = _normalise(image, label, hashlib.sha256(data).hexdigest(), max_pixels)
+                picture = take(image, label, hashlib.sha256(data).hexdigest(), max_pixels)
     except _DAMAGE as error:
         raise InputError(
             f"{label} must be a whole picture, got a damaged or truncated file ({error})",
@@ -130,8 +155,24 @@ def _normalise(image: Image.Image, label: str, sha256: str, max_pixels: int) -> 
         notes.append(f"{label}: its transparent parts are laid over white")
     # A fresh image: no file handle, no metadata of the old one.
     plain = Image.frombytes("RGB", rgb.size, rgb.tobytes())
-    content = f"{plain.mode} {plain.size}".encode() + plain.tobytes()
-    return Picture(plain, sha256 or hashlib.sha256(content).hexdigest(), label, tuple(notes))
+    return Picture(plain, sha256 or hashlib.sha256(_content(plain)).hexdigest(), label, tuple(notes))
+
+
+def _as_mask(image: Image.Image, label: str, sha256: str, max_pixels: int) -> Picture:
+    _check_pixels(image, label, max_pixels)
+    colour, alpha = _eight_bit(ImageOps.exif_transpose(image), label)
+    if alpha is not None and alpha.getextrema() != (255, 255):
+        values, read = ImageOps.invert(alpha), "transparency"
+    else:
+        values, read = colour.convert("L"), "brightness"
+    plain = Image.frombytes("L", values.size, values.tobytes())
+    share = float(np.asarray(plain, dtype=np.float64).mean() / 255)
+    note = f"{label}: {share:.1%} of it is to change, read from its {read}"
+    return Picture(plain, sha256 or hashlib.sha256(_content(plain)).hexdigest(), label, (note,))
+
+
+def _content(plain: Image.Image) -> bytes:
+    return f"{plain.mode} {plain.size}".encode() + plain.tobytes()
 
 
 def _eight_bit(image: Image.Image, label: str) -> tuple[Image.Image, Image.Image | None]:
