@@ -1,0 +1,1 @@
+"""Reference pictures at work: four methods, strengths per picture and step, masks."""
