@@ -19,7 +19,7 @@ SPELLING_HELP = (
     "Hyphens and underscores in option names are the same. Results go to stdout, everything else to stderr. "
     "Exit codes: 0 done, 1 internal error, 2 usage, 3 bad file, 4 model missing or damaged, "
     "5 does not fit, 6 out of memory, "
-    "7 no such device, 130 cancelled."
+    "7 no such device, 8 some jobs of a batch failed, 130 cancelled."
 )
 
 EDIT_HELP = (
@@ -46,6 +46,24 @@ PACK_HELP = (
     "qengine pack MODEL --weights int8\n\n"
     "The first run that needs such a file makes it by itself; this does it on purpose, or for --packed. The compute "
     "type is part of the file: --dtype, or what a run on --device would take."
+)
+BATCH_HELP = (
+    "Do many jobs with one engine.\n\n"
+    'qengine batch photos/ -p "make it grayscale" -o gray/\n\n'
+    "JOBS is a folder of pictures, a .jsonl file with one JSON object per line whose keys are the names of edit's "
+    "options (and output, a file name), a text file with one prompt per line and options behind it (a red car --w 512 "
+    "--h 768 --d 42 --ci photo.png), or - to read such lines as they are typed. Options given here hold for every job "
+    "that does not say otherwise. A bad job does not stop the others (exit code 8); --resume goes on where a batch was "
+    "stopped, by the manifest.jsonl beside the results."
+)
+COMPARE_HELP = (
+    "Say what an edit changed where nothing was asked.\n\nqengine compare before.png after.png --mask mask.png\n\n"
+    "Prints PSNR, shift by phase correlation, zoom and colour drift outside the mask, and writes a picture of the "
+    "differences."
+)
+HINTS_HELP = (
+    "Say what is known to go wrong with a prompt; without one, what to try when a result disappoints, and the tables "
+    "of presets and templates."
 )
 RERUN_HELP = (
     "Repeat the run that made a picture.\n\nOn the same machine's CPU the result is the same "
@@ -80,6 +98,15 @@ def _commands() -> list[click.Command]:
         Command("edit", _edit, options.EDIT_SECTIONS, [("words", "[IMAGE]... [PROMPT]", True)], EDIT_HELP),
         Command("generate", _generate, options.GENERATE_SECTIONS, [("words", "[PROMPT]", True)], GENERATE_HELP),
         Command("rerun", _rerun, options.RERUN_SECTIONS, [("picture", "PICTURE", False)], RERUN_HELP),
+        Command("batch", _batch, options.BATCH_SECTIONS, [("words", "JOBS", True)], BATCH_HELP),
+        Command(
+            "compare",
+            _compare,
+            options.COMPARE_SECTIONS,
+            [("before", "BEFORE", False), ("after", "AFTER", False)],
+            COMPARE_HELP,
+        ),
+        Command("hints", _hints, options.PLAIN_SECTIONS, [("words", "[PROMPT]", True)], HINTS_HELP),
         Command("plan", _plan, options.PLAN_SECTIONS, [("words", "[MODEL]", True)], PLAN_HELP),
         Command("pack", _pack, options.PACK_SECTIONS, [("words", "[MODEL]", True)], PACK_HELP),
         Command("info", _info, options.INFO_SECTIONS, [("words", "[SUBJECT]", True)], INFO_HELP),
@@ -134,6 +161,24 @@ def _generate(words: tuple[str, ...], **values: Any) -> int:
     from .run import carry_out
 
     return carry_out(generate_order(words, values), _talk(values))
+
+
+def _batch(words: tuple[str, ...], **values: Any) -> int:
+    from .batch import carry_out
+
+    return carry_out(words, values, _talk(values))
+
+
+def _compare(before: str, after: str, **values: Any) -> int:
+    from .compare import show
+
+    return show(before, after, values)
+
+
+def _hints(words: tuple[str, ...], **values: Any) -> int:
+    from .hints import show
+
+    return show(words, values)
 
 
 def _rerun(picture: str, **values: Any) -> int:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from ..engine.defaults import Defaults
     from ..engine.events import Decoded, Encoded, Step
+    from ..engine.plan import Choices, DeviceFacts, JobFacts, ModelFacts
     from ..engine.request import GenerateRequest
     from ..engine.session import Engine
     from ..loaders.source import ModelSource
@@ -39,6 +40,14 @@ def open_engine(progress: Callable[[int, int], None], **choice: Any) -> Engine:
     from ..engine.session import Engine
 
     return Engine.open(choice.pop("model", None), progress=progress, **choice)
+
+
+def facts_for(device: str, model: ModelFacts, job: JobFacts, choices: Choices) -> DeviceFacts:
+    """A card as it is now, with what was tried on it for the kernels of a run."""
+    from ..engine.components import pick_device
+    from ..engine.measure import facts_for as measured
+
+    return measured(pick_device(device), model, job, choices)
 
 
 def packed_format(path: Path) -> str:

@@ -6,9 +6,10 @@ Three things are changed and nothing else: underscores in flag names become hyph
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
-from .options import Flag, hyphenated
+from .flag import Flag, hyphenated
 
 PICTURE_SUFFIXES = frozenset(".png .jpg .jpeg .webp .tif .tiff .bmp .gif .avif .heic .jp2 .ppm .tga .ico".split())
 
@@ -37,7 +38,7 @@ def expand(words: Sequence[str], flags: Mapping[str, Flag]) -> list[str]:
         word = words[position]
         flag = flags.get(word)
         if flag is not None and flag.many:
-            end = _list_end(words, position + 1, reserved)
+            end = _values_end(words, position + 1, reserved, flag)
             values = words[position + 1 : end]
             out += [part for value in values for part in (word, value)] or [word]
         elif flag is not None and flag.words > 1:
@@ -68,6 +69,13 @@ def _list_end(words: Sequence[str], start: int, reserved: int) -> int:
     return end
 
 
+def _values_end(words: Sequence[str], start: int, reserved: int, flag: Flag) -> int:
+    """Where a list of values ends; where a pattern says what a value is, before the first word that is none."""
+    end = _list_end(words, start, reserved)
+    strange = (place for place in range(start, end) if flag.accepts and not re.fullmatch(flag.accepts, words[place]))
+    return next(strange, end)
+
+
 def _prompt_position(words: Sequence[str], flags: Mapping[str, Flag]) -> int:
     """Position of the last bare word, if it is to be the prompt, else -1."""
     last = -1
@@ -79,6 +87,8 @@ def _prompt_position(words: Sequence[str], flags: Mapping[str, Flag]) -> int:
             return -1
         if flag is not None and "=" not in word and flag.takes_value and not flag.many:
             position += flag.words
+        elif flag is not None and flag.accepts and "=" not in word:
+            position = _values_end(words, position + 1, -1, flag) - 1
         elif not _is_flag(word):
             last = position
         position += 1

@@ -73,6 +73,7 @@ def hub_cache() -> Path:
 
 
 def engine_cache() -> Path:
-    """The folder of cached conditioning, by the same variables as the engine."""
-    chosen = os.environ.get("QENGINE_CACHE")
-    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qengine"
+    """The folder of cached conditioning, modulation rows and packed files."""
+    from ..engine.places import default_cache
+
+    return default_cache()

@@ -1,8 +1,8 @@
-"""What the flags say of memory: the engine's own ``Budget`` and ``Choices``."""
+"""What the flags say of memory and kernels: the engine's own ``Budget`` and ``Choices``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 NAMES = ("vram", "ram", "weights", "text_encoder_weights", "fp8_scaled", "fp8_vl", "blocks_to_swap", "offload")
-NAMES += ("text_encoder_cpu", "vae_tile", "vae_weights", "packed")
+NAMES += ("text_encoder_cpu", "vae_tile", "vae_weights", "packed", "attn_mode", "kernel")
 
 
 def memory_choice(values: Mapping[str, Any], recorded: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """``budget``, ``choices`` and ``packed`` for ``Engine.open``; nothing where nothing is said of memory.
+    """``budget``, ``choices`` and ``packed`` for ``Engine.open``; nothing where nothing is said of memory or kernels.
 
     Args:
         values: of the flags.
@@ -29,6 +29,8 @@ def memory_choice(values: Mapping[str, Any], recorded: Mapping[str, Any] | None 
         CheckpointError: ``--packed`` names no packed file.
     """
     given = {name: value for name in NAMES if (value := values.get(name)) is not None and value is not False}
+    if not given.get("kernel", True):
+        del given["kernel"]
     if "packed" in given and not {"weights", "fp8_scaled"} & given.keys():
         given["weights"] = backend.packed_format(Path(str(given["packed"])))
     known = _beside(recorded or {}, given) | given
@@ -39,9 +41,16 @@ def memory_choice(values: Mapping[str, Any], recorded: Mapping[str, Any] | None 
 
 
 def _beside(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The recorded values that no flag replaces under another spelling."""
+    """The recorded values that no flag replaces under another spelling.
+
+    A pin on linear layers is of the recorded weight format, so it goes where a flag names another.
+    """
     replaced = {"weights": "fp8_scaled", "text_encoder_weights": "fp8_vl"}
-    return {name: value for name, value in recorded.items() if replaced.get(name) not in given}
+    kept = {name: value for name, value in recorded.items() if replaced.get(name) not in given}
+    formats = {"weights", "text_encoder_weights", "fp8_scaled", "fp8_vl"} & given.keys()
+    if formats and "kernel" in kept:
+        kept["kernel"] = tuple(pin for pin in kept["kernel"] if "linear" not in pin.partition("=")[0])
+    return kept
 
 
 def budget_of(values: Mapping[str, Any]) -> Budget:
@@ -57,10 +66,10 @@ def budget_of(values: Mapping[str, Any]) -> Budget:
 
 
 def choices_of(values: Mapping[str, Any]) -> Choices:
-    """How the weights are to be held.
+    """How the weights are to be held, and what computes.
 
     Raises:
-        RequestError: a format is named twice and differently, or a value is out of range.
+        RequestError: a format or an op is named twice and differently, or a value is out of range.
     """
     from ..engine.plan import Choices
 
@@ -68,9 +77,27 @@ def choices_of(values: Mapping[str, Any]) -> Choices:
         "weights": _format(values, "weights", "fp8_scaled", "--fp8_scaled"),
         "text_encoder_weights": _format(values, "text_encoder_weights", "fp8_vl", "--fp8_vl"),
         "text_encoder_cpu": values.get("text_encoder_cpu") or None,
+        "attention": values.get("attn_mode"),
+        "kernels": pins(values.get("kernel") or ()) or None,
         **{name: values.get(name) for name in ("blocks_to_swap", "offload", "vae_tile", "vae_weights")},
     }
     return Choices(**{name: value for name, value in given.items() if value is not None})
+
+
+def pins(words: Sequence[str]) -> dict[str, str]:
+    """``OP=NAME`` words as a mapping.
+
+    Raises:
+        RequestError: a word is of another form, or an op is named twice and differently.
+    """
+    found: dict[str, str] = {}
+    for word in words:
+        op, equals, name = word.partition("=")
+        if not (op and equals and name):
+            raise RequestError(f"--kernel must be OP=NAME, got {word!r}", hint="--kernel guidance=reference")
+        if found.setdefault(op, name) != name:
+            raise RequestError(f"--kernel must name {op} once, got {found[op]} and {name}")
+    return found
 
 
 def _format(values: Mapping[str, Any], name: str, switch: str, spelling: str) -> str | None:

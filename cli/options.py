@@ -7,14 +7,10 @@ the other spellings a flag is known by, written as the tools they come from writ
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
 
-import click
+from .flag import Flag
 
 DEFAULT_SEED = 0
-
-KINDS: dict[str, Any] = {"text": click.STRING, "int": click.INT, "float": click.FLOAT}
 
 OUTPUT_TYPES = {
     "images": "images",
@@ -25,68 +21,6 @@ OUTPUT_TYPES = {
 }
 DTYPES = ("auto", "float32", "bfloat16", "fp32", "bf16")
 MODEL_VERSIONS = ("original", "edit", "edit-2509", "edit-2511")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Flag:
-    """One option of the command line.
-
-    Attributes:
-        name: the long spelling, with hyphens; also the name of its value.
-        help: one sentence.
-        short: one-letter spelling, or "".
-        also: further spellings that mean the same, as other tools write them.
-        kind: ``text``, ``int``, ``float``, ``switch`` or ``count``.
-        choices: the only values taken, or () for any.
-        metavar: the placeholder in the help.
-        many: may be repeated; one spelling may be followed by several values.
-        words: number of words that make up the one value.
-    """
-
-    name: str
-    help: str
-    short: str = ""
-    also: tuple[str, ...] = ()
-    kind: str = "text"
-    choices: tuple[str, ...] = ()
-    metavar: str | None = None
-    many: bool = False
-    words: int = 1
-
-    @property
-    def key(self) -> str:
-        """Name of the value in Python: ``--true-cfg-scale`` is ``true_cfg_scale``."""
-        return self.name.removeprefix("--").replace("-", "_")
-
-    @property
-    def spellings(self) -> tuple[str, ...]:
-        """Every accepted spelling, with hyphens."""
-        long = (self.name, *(hyphenated(word) for word in self.also))
-        return tuple(dict.fromkeys((self.short, *long) if self.short else long))
-
-    @property
-    def takes_value(self) -> bool:
-        """Whether a value follows the flag."""
-        return self.kind not in ("switch", "count")
-
-    def option(self) -> click.Option:
-        """The click option of this flag."""
-        shown: dict[str, Any] = {"help": self.help}
-        if self.kind == "switch":
-            shown.update(is_flag=True)
-        elif self.kind == "count":
-            shown.update(count=True)
-        else:
-            value_type = click.Choice(self.choices) if self.choices else KINDS[self.kind]
-            shown.update(type=value_type, metavar=self.metavar, multiple=self.many)
-        return click.Option([*self.spellings, self.key], **shown)
-
-
-def hyphenated(word: str) -> str:
-    """``--true_cfg_scale`` as ``--true-cfg-scale``; a value after ``=`` is left alone."""
-    name, equals, value = word.partition("=")
-    return name.replace("_", "-") + equals + value
-
 
 REQUEST = (
     Flag(
@@ -249,6 +183,24 @@ MEMORY = (
     Flag(name="--vae-weights", choices=WEIGHTS[1:], help="Weight format of the VAE's convolutions; bf16 by default."),
 )
 
+KERNELS = (
+    Flag(
+        name="--attn-mode",
+        also=("--attn_mode",),
+        choices=("sdpa", "torch", "flash", "xformers", "sage", "sageattn", "math"),
+        help="What computes the transformer's attention: sdpa (also torch), a library that is installed, or math, the "
+        "definition in float32.",
+    ),
+    Flag(
+        name="--kernel",
+        metavar="OP=NAME...",
+        many=True,
+        accepts=r"[a-z_][a-z0-9_.]*=[a-z0-9_-]+",
+        help="Run an op in this implementation or not at all: guidance=reference, transformer.linear=triton; repeat "
+        "it, or give several after one flag. qengine plan names ops and implementations.",
+    ),
+)
+
 PACKED = (
     Flag(
         name="--packed",
@@ -288,6 +240,7 @@ HYPOTHETICAL = (
         "there is no card.",
     ),
 )
+EXPLAIN = (Flag(name="--explain", kind="switch", help="Say of every kernel why the preferred ones are not used."),)
 
 OUTPUT = (
     Flag(
@@ -322,6 +275,27 @@ NAMING = (
     ),
 )
 
+COST = (
+    Flag(
+        name="--cost-per-hour",
+        kind="float",
+        metavar="RATE",
+        help="Say what each picture costs on a machine of this price per hour, and a thousand of them.",
+    ),
+)
+RESUME = (
+    Flag(name="--resume", kind="switch", help="Go on with an earlier batch in the same folder: what is done is kept."),
+)
+COMPARE = (
+    Flag(name="--mask", metavar="FILE", help="White where a change was asked; those pixels do not count."),
+    Flag(
+        name="--output",
+        short="-o",
+        metavar="FILE",
+        help="Picture of the differences to write; <AFTER>_compared.png when not given.",
+    ),
+)
+
 TALK = (
     Flag(name="--json", kind="switch", help="Print one JSON document on stdout."),
     Flag(name="--quiet", short="-q", kind="switch", help="Say nothing on stderr but errors."),
@@ -336,19 +310,24 @@ EDIT_SECTIONS = {
     "Model": MODEL + VARIANT,
     "Device": DEVICE,
     "Memory": MEMORY + PACKED,
-    "Output": OUTPUT + NAMING,
+    "Kernels": KERNELS,
+    "Output": OUTPUT + NAMING + COST,
     "Words": TALK,
 }
+BATCH_SECTIONS = {"Batch": RESUME, **EDIT_SECTIONS}
+COMPARE_SECTIONS = {"Comparison": COMPARE, "Words": TALK}
 GENERATE_SECTIONS = {
     "Request": tuple(flag for flag in REQUEST if flag.key != "ref"),
     "Model": MODEL,
     "Device": DEVICE,
     "Memory": MEMORY + PACKED,
-    "Output": OUTPUT,
+    "Kernels": KERNELS,
+    "Output": OUTPUT + COST,
     "Words": TALK,
 }
 PLAN_SECTIONS = {
     "Memory": MEMORY + HYPOTHETICAL,
+    "Kernels": KERNELS + EXPLAIN,
     "Request": tuple(flag for flag in REQUEST if flag.key not in ("seed", "count")),
     "Model": tuple(flag for flag in MODEL if flag.key != "model") + VARIANT,
     "Device": DEVICE,
@@ -359,7 +338,8 @@ RERUN_SECTIONS = {
     "Model": MODEL,
     "Device": DEVICE,
     "Memory": MEMORY + PACKED,
-    "Output": OUTPUT,
+    "Kernels": KERNELS,
+    "Output": OUTPUT + COST,
     "Words": TALK,
 }
 PACK_SECTIONS = {

@@ -37,6 +37,7 @@ class Order:
         metadata: whether files carry metadata.
         as_json: whether stdout gets one JSON document.
         fingerprint: the model must have it (``rerun``), or None.
+        rate: price of the machine per hour, or None.
     """
 
     kind: str
@@ -49,6 +50,7 @@ class Order:
     metadata: bool = True
     as_json: bool = False
     fingerprint: str | None = None
+    rate: float | None = None
 
 
 def edit_order(words: Sequence[str], values: Values) -> Order:
@@ -207,7 +209,20 @@ def _order(kind: str, prompt: str, images: tuple[Path, ...], values: Values, wis
         preview=Path(values["preview"]) if values["preview"] else None,
         metadata=not values["no_metadata"],
         as_json=values["json"],
+        rate=rate_of(values),
     )
+
+
+def rate_of(values: Values) -> float | None:
+    """The price per hour.
+
+    Raises:
+        RequestError: it is negative.
+    """
+    rate = values["cost_per_hour"]
+    if rate is not None and not rate >= 0:
+        raise RequestError(f"--cost-per-hour must be a price, got {rate:g}")
+    return rate
 
 
 def _size(size: str | None, image_size: str | None) -> tuple[int, int] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,23 +36,31 @@ def show(words: Sequence[str], values: Mapping[str, Any]) -> int:
     budget, choices = budget_of(values), choices_of(values)
     source = backend.open_source(**model_choice({**values, "model": _model(words, values)}))
     facts = ModelFacts.of(source)
-    device, said = device_facts(values, budget)
     job = _job(source, facts.multiple, values)
+    device, said = device_facts(values, budget, lambda place: backend.facts_for(place, facts, job, choices))
     plan = make_plan(facts, job, budget, device, choices)
     data = as_json(plan)
     data["notes"] = [*source.notes, *said, *data["notes"]]
     if values["json"]:
         print(json.dumps(data, indent=2))
     else:
-        print("\n".join([*(f"note: {note}" for note in (*source.notes, *said)), as_text(plan)]))
+        text = as_text(plan, explain=values["explain"] or values["verbose"])
+        print("\n".join([*(f"note: {note}" for note in (*source.notes, *said)), text]))
     return 0
 
 
-def device_facts(values: Mapping[str, Any], budget: Budget) -> tuple[DeviceFacts, tuple[str, ...]]:
+def device_facts(
+    values: Mapping[str, Any], budget: Budget, measured: Callable[[str], DeviceFacts]
+) -> tuple[DeviceFacts, tuple[str, ...]]:
     """The device to plan for, and what was assumed of it.
 
     A CPU, a card that is here (only that needs torch), or a card that is not: where ``--architecture`` is given, or
     ``--vram`` on a machine without one.
+
+    Args:
+        values: of the flags.
+        budget: ceilings.
+        measured: the facts of a card that is here, by its name.
 
     Raises:
         DeviceError: ``--device cuda`` is asked, no card is here, and ``--vram`` does not say which to imagine.
@@ -65,7 +73,7 @@ def device_facts(values: Mapping[str, Any], budget: Budget) -> tuple[DeviceFacts
         raise DeviceError(f"--device must be here, got {device} and no card", hint="--vram 12GiB --architecture 86")
     if device == "cpu" or not cards:
         return _host(), ()
-    return _card(device), ()
+    return measured("cuda" if device == "auto" else device), ()
 
 
 def _imagined(architecture: int, budget: Budget) -> tuple[DeviceFacts, tuple[str, ...]]:
@@ -82,37 +90,17 @@ def _imagined(architecture: int, budget: Budget) -> tuple[DeviceFacts, tuple[str
         host_total_bytes=_free_ram(),
         host_free_bytes=_free_ram(),
     )
-    return facts, (f"planned for a card that is not here: architecture {architecture}, 500 MiB for its context",)
+    return facts, (
+        f"planned for a card that is not here: architecture {architecture}, 500 MiB for its context, every kernel and "
+        "library for it installed and working",
+    )
 
 
 def _host() -> DeviceFacts:
-    from ..engine.plan import DeviceFacts
+    from ..engine.measure import host_facts
 
-    free = _free_ram()
-    return DeviceFacts(kind="cpu", total_bytes=free, free_bytes=free, host_total_bytes=free, host_free_bytes=free)
-
-
-def _card(device: str) -> DeviceFacts:
-    import torch
-
-    from ..engine.plan import DeviceFacts
-
-    index = torch.device(device if device != "auto" else "cuda").index or 0
-    if index >= torch.cuda.device_count():
-        raise DeviceError(f"device must be one of {torch.cuda.device_count()} CUDA device(s), got {device}")
-    major, minor = torch.cuda.get_device_capability(index)
-    before = machine.cards()[index].free_bytes
-    free, total = torch.cuda.mem_get_info(index)
-    return DeviceFacts(
-        kind="cuda",
-        name=torch.cuda.get_device_name(index),
-        architecture=10 * major + minor,
-        total_bytes=total,
-        free_bytes=max(before, free),
-        context_bytes=max(0, before - free),
-        host_total_bytes=_free_ram(),
-        host_free_bytes=_free_ram(),
-    )
+    _free_ram()
+    return host_facts()
 
 
 def _free_ram() -> int:

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import InputError, RequestError
 from . import backend
 from .memory import memory_choice
-from .order import SINGLE_FILES, Order, check_files, device_choice, make_wish, model_choice, seeds_of
+from .order import SINGLE_FILES, Order, check_files, device_choice, make_wish, model_choice, rate_of, seeds_of
 from .progress import Talk
 
 FORMAT = 1
@@ -53,6 +53,7 @@ def rerun_order(picture: Path, values: Mapping[str, Any], talk: Talk) -> Order:
         metadata=not values["no_metadata"],
         as_json=values["json"],
         fingerprint=None if named else record["model"]["fingerprint"],
+        rate=rate_of(values),
     )
 
 
@@ -96,12 +97,15 @@ def _recorded_model(record: Mapping[str, Any]) -> dict[str, Any]:
 def _numerics(record: Mapping[str, Any], picture: Path) -> dict[str, Any]:
     """The recorded choices that decide bits, as the values of their flags; none in records of before there were any."""
     said = record.get("numerics", {})
-    tile = said.get("vae_tile", "") if isinstance(said, dict) else None
-    if not isinstance(tile, str) or not (tile == "" or tile.isdecimal()):
+    texts = [said.get(name, "") if isinstance(said, dict) else None for name in ("vae_tile", "pinned", "attention")]
+    tile, pinned, attention = map(str, texts)
+    if not all(isinstance(text, str) for text in texts) or not (tile == "" or tile.isdecimal()):
         raise InputError(f"the record in {picture} must be whole, got one without usable numerics")
     known = {name: said[name] for name in ("weights", "text_encoder_weights", "vae_weights") if name in said}
     if tile:
         known["vae_tile"] = int(tile)
+    known |= {"attn_mode": attention} if attention else {}
+    known |= {"kernel": tuple(pinned.split())} if pinned else {}
     if said.get("text_encoder_device") == "cpu" and record.get("device") != "cpu":
         known["text_encoder_cpu"] = True
     return known

@@ -15,7 +15,7 @@ from .meter import PackMeter, ReadMeter
 from .order import Order, check_files
 from .outputs import Target, check_preview_folder, choose
 from .progress import StepClock, Talk, memory_words
-from .words import bytes_text, seconds_text
+from .words import bytes_text, cost, cost_text, seconds_text
 
 if TYPE_CHECKING:
     from ..engine.events import Decoded
@@ -57,13 +57,18 @@ def carry_out(order: Order, talk: Talk) -> int:
 
 def _run_all(order: Order, items: list[Item], talk: Talk) -> list[dict[str, Any]]:
     results, packing = [], PackMeter(talk)
-    with backend.cancelling(_open(order, talk, packing)) as engine:
+    with backend.cancelling(open_engine(order, talk, packing)) as engine:
         for item in items:
-            results.append(_run_one(engine, order, item, talk, packing))
+            results.append(run_one(engine, order, item, talk, packing))
     return results
 
 
-def _open(order: Order, talk: Talk, packing: PackMeter) -> Engine:
+def open_engine(order: Order, talk: Talk, packing: PackMeter) -> Engine:
+    """Open the engine of an order and say what was opened.
+
+    Raises:
+        CheckpointError: the model is not the one of the recorded run.
+    """
     if order.model.get("model") is None and "dit" not in order.model:
         talk.say(TINY_WORDS)
     start = time.perf_counter()
@@ -83,7 +88,8 @@ def _open(order: Order, talk: Talk, packing: PackMeter) -> Engine:
     return engine
 
 
-def _run_one(engine: Engine, order: Order, item: Item, talk: Talk, packing: PackMeter) -> dict[str, Any]:
+def run_one(engine: Engine, order: Order, item: Item, talk: Talk, packing: PackMeter) -> dict[str, Any]:
+    """Make one picture and write it; returns what ``--json`` prints of it."""
     start = time.perf_counter()
     with ReadMeter(talk.display, lambda: engine.bytes_read, packing):
         decoded = _watch(engine, order, item, talk, packing)
@@ -99,6 +105,8 @@ def _run_one(engine: Engine, order: Order, item: Item, talk: Talk, packing: Pack
     seed = metadata["request"]["seed"]
     names = " ".join(str(path) for path in item.target.paths)
     talk.say(f"{'done':<8} {names}  {width}x{height}  seed {seed}  {seconds_text(seconds)}")
+    if order.rate is not None:
+        talk.say(f"{'cost':<8} {cost_text(seconds, order.rate)}")
     if not order.as_json:
         for path in item.target.paths:
             print(path, flush=True)
@@ -109,6 +117,7 @@ def _run_one(engine: Engine, order: Order, item: Item, talk: Talk, packing: Pack
         "height": height,
         "seed": seed,
         "seconds": round(seconds, 3),
+        **({} if order.rate is None else {"cost": cost(seconds, order.rate)}),
         "metadata": metadata,
     }
 
@@ -139,6 +148,8 @@ def _watch(engine: Engine, order: Order, item: Item, talk: Talk, packing: PackMe
                 talk.display.start("decode")
         else:
             talk.display.end(seconds_text(clock.seconds))
+            for note in event.notes:
+                talk.warn(note)
             return event
     raise RuntimeError("a stream ended without a picture")
 

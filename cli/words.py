@@ -22,6 +22,17 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds >= 10 else f"{seconds:.2f} s"
 
 
+def cost(seconds: float, rate: float) -> float:
+    """``seconds * rate / 3600``: what a picture costs on a machine of that price per hour."""
+    return seconds * rate / 3600
+
+
+def cost_text(seconds: float, rate: float) -> str:
+    """The cost of a picture and of a thousand of them, in the currency of the rate."""
+    each = cost(seconds, rate)
+    return f"{each:.6f} each, {1000 * each:.2f} per 1000, at {rate:g} per hour"
+
+
 def table(rows: list[tuple[str, ...]]) -> str:
     """Left-aligned columns, two spaces apart."""
     if not rows:

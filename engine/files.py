@@ -1,49 +1,18 @@
-"""Files that appear whole or not at all."""
+"""Tensors in files that appear whole or not at all."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..errors import OutputError
+from .whole import write_whole
 
 logger = logging.getLogger(__name__)
-
-
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, flush it to the disk and rename it into place.
-
-    Args:
-        path: the final name; an existing file is replaced only after the new one is complete.
-        write: called with the temporary path.
-
-    Raises:
-        OutputError: the folder is missing or not writable, or the disk is full; nothing is left behind.
-    """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(
-            f"{path} must be writable, got: {getattr(error, 'strerror', None) or error}",
-            hint="choose another place for it, or make room there",
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:

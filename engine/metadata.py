@@ -22,7 +22,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from ..errors import CheckpointError, InputError, OutputError
 from ..loaders.header import read_header
-from .files import write_tensors, write_whole
+from .files import write_tensors
+from .whole import write_whole
 
 SOURCE_TYPES = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 EDITED = SOURCE_TYPES + "compositeWithTrainedAlgorithmicMedia"

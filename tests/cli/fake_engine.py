@@ -1,6 +1,7 @@
 """An engine that makes grey pictures at once, for tests of words; as a script it runs the command line with it.
 
 As a script, ``QENGINE_FAKE_SLOW=phase`` makes one phase last half a minute; ``at PHASE`` on stderr says it has begun.
+``QENGINE_FAKE_PHASE_SECONDS`` makes every phase last.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 from qengine.cli import backend
+from qengine.engine.whole import write_whole
 from qengine.errors import InputError
 
 STEPS = 3
+STRUCTURED = ("images", "reference", "keep")
 FINGERPRINT = "f" * 64
 
 
@@ -41,6 +44,7 @@ class FakeEvent:
 
 
 def pause(phase: str) -> None:
+    time.sleep(float(os.environ.get("QENGINE_FAKE_PHASE_SECONDS", "0")))
     if os.environ.get("QENGINE_FAKE_SLOW") == phase:
         sys.stderr.write(f"at {phase}\n")
         sys.stderr.flush()
@@ -57,6 +61,7 @@ class FakeEngine:
     def __init__(self) -> None:
         self.opened: list[dict[str, Any]] = []
         self.requests: list[Any] = []
+        self.encoded: list[Any] = []
         self.cancelled = self.closed = False
         self.bytes_read = 0
         self.error: BaseException | None = None
@@ -91,7 +96,7 @@ class FakeEngine:
 
     def record(self, request: Any) -> dict[str, Any]:
         images = getattr(request, "images", ())
-        values = {each.name: getattr(request, each.name) for each in fields(request) if each.name != "images"}
+        values = {each.name: getattr(request, each.name) for each in fields(request) if each.name not in STRUCTURED}
         return {
             "format": 1,
             "kind": "edit" if images else "generate",
@@ -103,6 +108,10 @@ class FakeEngine:
             "device": "cpu",
             "dtype": "float32",
         }
+
+    def encode(self, request: Any) -> FakeEvent:
+        self.encoded.append(request)
+        return FakeEvent("encode")
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -122,8 +131,7 @@ def write_picture(path: Path, image: Image.Image, metadata: dict[str, Any] | Non
     text = PngImagePlugin.PngInfo()
     if metadata is not None:
         text.add_text("qengine", json.dumps(metadata))
-    path.parent.mkdir(exist_ok=True)
-    image.save(path, pnginfo=text)
+    write_whole(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=text))
 
 
 def write_latents(path: Path, latents: Any, metadata: dict[str, Any] | None) -> None:

@@ -12,6 +12,7 @@ from fake_engine import FakeEngine
 from headers import write_true_shape_checkpoint
 from PIL import Image
 from qengine.cli import machine
+from qengine.engine import measure
 from qengine.engine.plan import Budget, Choices
 
 GIB = 1 << 30
@@ -29,7 +30,7 @@ def hollow(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(autouse=True)
 def no_cards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "cards", lambda: [])
-    monkeypatch.setattr(machine, "free_memory_bytes", lambda: 200 * GIB)
+    monkeypatch.setattr(measure, "host_memory", lambda: (200 * GIB, 200 * GIB))
 
 
 def test_X02_plan_prints_arithmetic_decision_and_a_command(run, hollow: str) -> None:
