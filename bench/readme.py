@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from ..errors import InputError
+from .run import ours_seconds, rival_seconds, title
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+FIDELITY_GOAL = 0.012
+"""Relative L2 that a linear layer in int8 may have at most."""
+
 _HALVES = ("encoder", "decoder")
 
 
@@ -42,18 +46,22 @@ def _vae(results: Path) -> str:
 
 
 def _speed(results: Path) -> str:
-    """Every benchmark with a rival or a time of its own."""
+    """Every benchmark with its rival and its physical limit, and what else it tells."""
     newest = {name: entry for name, entry in _newest(results).items() if "decode_psnr" not in entry}
-    rows = ["| what | qengine s | rival s | faster | peak memory, qengine / rival |", "|---|---|---|---|---|"]
-    for name, entry in newest.items():
-        rival = entry.get("diffusers_seconds", entry.get("safetensors_seconds"))
-        memory = entry.get("memory_ratio")
+    rows = [
+        "| what | qengine s | rival s | faster | limit | of limit | memory and rate |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for entry in newest.values():
+        rival = rival_seconds(entry)
         cells = [
-            name.removeprefix("test_").replace("_", " "),
-            f"{entry['min_seconds']:.3g}",
+            title(entry).replace("_", " "),
+            f"{ours_seconds(entry):.3g}",
             "" if rival is None else f"{rival:.3g}",
             f"{entry['speedup']:.2f}x" if "speedup" in entry else "",
-            "" if memory is None else f"{memory:.2f}",
+            entry.get("limit", ""),
+            f"{entry['fraction_of_limit']:.0%}" if "fraction_of_limit" in entry else "",
+            _remark(entry),
         ]
         rows.append("| " + " | ".join(cells) + " |")
     machine = next(iter(newest.values()))
@@ -61,10 +69,23 @@ def _speed(results: Path) -> str:
     rows += [
         "",
         f"{machine['machine']['cpu']}, {machine['machine']['cores']} cores; torch {versions['torch']}, diffusers "
-        f"{versions['diffusers']}; each row measured against its rival in one run, in turns (least of the rounds; "
-        "`faster` is the median of the rounds' ratios).",
+        f"{versions['diffusers']}; each row measured against its rival and limit in one run, in turns (least of the "
+        "rounds; `faster` and `of limit` are medians of the rounds' ratios). Limits: `copy`, the bytes that must move "
+        "at the speed of a plain copy; `gemm`, the product by the best library.",
     ]
     return "\n".join(rows)
+
+
+def _remark(entry: Mapping[str, Any]) -> str:
+    """Memory beside the rival's, peak and slowdown of a placement, or images per minute."""
+    if "memory_ratio" in entry:
+        return f"{entry['memory_ratio']:.2f} of the rival's memory"
+    if "x_resident" in entry:
+        return f"peak {entry['peak_mb']:.3g} MB, {entry['x_resident']:.2f} x the time of resident weights"
+    if "images_per_minute" in entry:
+        ours, theirs = entry["images_per_minute"], entry["diffusers_images_per_minute"]
+        return f"{ours:.3g} images per minute, rival {theirs:.3g}"
+    return ""
 
 
 def _tiny(results: Path) -> str:
@@ -90,7 +111,43 @@ def _tiny(results: Path) -> str:
     return "\n".join(rows)
 
 
-TABLES: dict[str, Callable[[Path], str]] = {"speed": _speed, "vae": _vae, "tiny": _tiny}
+def _fidelity(results: Path) -> str:
+    """What weight formats cost in accuracy."""
+    lines = (results / "fidelity.jsonl").read_text(encoding="utf-8").splitlines()
+    return fidelity_table([json.loads(line) for line in lines])
+
+
+def fidelity_table(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Two tables of the lines of ``qengine.bench.fidelity``: each linear layer, then the embedded model end to end."""
+    layers = [line for line in lines if line["kind"] == "linear"]
+    formats = list(dict.fromkeys(line["format"] for line in layers))
+    rows = ["| linear [N, K] | values | " + " | ".join(formats) + " |", "|---" * (len(formats) + 2) + "|"]
+    found: dict[tuple[str, str], list[str]] = {}
+    for line in layers:
+        key = f"{line['layer']} {line['shape']}", line["values"]
+        found.setdefault(key, []).append(f"{line['relative_l2']:.4f}")
+    rows += ["| " + " | ".join([*key, *cells]) + " |" for key, cells in found.items()]
+    worst = max((line["relative_l2"] for line in layers if line["format"] == "int8"), default=0.0)
+    verdict = "reached" if worst <= FIDELITY_GOAL else "missed"
+    rows += ["", f"Largest error of int8: {worst:.4f}; the goal of at most {FIDELITY_GOAL} is {verdict}.", ""]
+    rows += [
+        "| tiny model | PSNR, dB (least) | SSIM (least) | relative L2 of final latents (largest) "
+        "| least cosine of embeddings to bf16 |",
+        "|---|---|---|---|---|",
+    ]
+    for line in (line for line in lines if line["kind"] == "drift"):
+        cells = [
+            line["format"],
+            f"{line['psnr']:.1f} ({line['least_psnr']:.1f})",
+            f"{line['ssim']:.4f} ({line['least_ssim']:.4f})",
+            f"{line['latents_relative_l2']:.4f} ({line['largest_latents_relative_l2']:.4f})",
+            f"{line['embeds_least_cosine']:.4f}",
+        ]
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+TABLES: dict[str, Callable[[Path], str]] = {"speed": _speed, "vae": _vae, "tiny": _tiny, "fidelity": _fidelity}
 
 
 def render(text: str, results: Path = RESULTS) -> str:

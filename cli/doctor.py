@@ -82,7 +82,7 @@ def _native() -> Row:
 
     status = native.status()
     if status.library is not None:
-        return "ok", "native", f"{status.path}, ABI {native.ABI_VERSION}"
+        return "ok", "native", f"{status.path}, ABI {native.ABI_VERSION}, computes with {native.isa()}"
     return "note", "native", f"not used: {status.reason}; the Python twins are"
 
 

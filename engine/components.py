@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from .dit import QwenImageTransformer
 from .encoder import PromptEncoder
 from .files import recall, write_tensors
 from .mover import Placement, Tape
+from .places import default_cache
 from .plan import PhasePlan, Plan
 from .stack import Hold
 from .stack.pack import Progress
@@ -71,14 +71,6 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if chosen is None or chosen not in _DTYPES.values():
         raise RequestError(f"dtype must be auto, float32 or bfloat16, got {dtype}")
     return chosen
-
-
-def default_cache() -> Path:
-    """``$QENGINE_CACHE``, else ``$XDG_CACHE_HOME/qengine``, else ``~/.cache/qengine``."""
-    chosen = os.environ.get("QENGINE_CACHE")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qengine"
 
 
 class Components:
@@ -208,6 +200,7 @@ class Components:
         """The map from latents to RGB for previews; the VAE is loaded only where the cache does not hold it."""
         plan, checkpoint = self.planned, self.source.vae.checkpoint
         words = [checkpoint.identity, self.device.type, str(self.dtype), plan.formats.vae, PROJECTION_VERSION]
+        words += [f"{op}={made}" for op, made in plan.kernels_of("vae").items()]
         key = hashlib.sha256("|".join(words).encode()).hexdigest()[:32]
         path = self._cache / "previews" / f"{key}.safetensors"
         stored = recall(path)
@@ -230,10 +223,20 @@ class Components:
             device=self.device,
             dtype=self.dtype,
             cache=self._cache,
-            hold=Hold.of(phase, self.planned.kernels["transformer.linear"], self._packed),
+            hold=Hold.of(phase, self.planned.kernels_of("transformer"), self._packed),
             progress=self._progress,
         )
         return self._transformer
+
+    def safe_transformer(self) -> QwenImageTransformer:
+        """The loaded transformer on the same tape, with 8-bit layers that multiply as they are defined.
+
+        Its other ops run in their definitions where ``velocity`` is told so.
+        """
+        phase = self.planned.phase("denoise")
+        hold = Hold.of(phase, self.planned.kernels_of("transformer", safe=True))
+        stack = QwenImageTransformer.stack(self.source.transformer, hold.weight_format, self.dtype, hold.kernels)
+        return self.transformer.with_template(stack.template)
 
     @property
     def encoder(self) -> PromptEncoder:
@@ -245,7 +248,7 @@ class Components:
                 self.source,
                 torch.device("cpu") if phase.device == "cpu" else self.device,
                 self.dtype,
-                hold=Hold.of(phase, plan.kernels["text_encoder.linear"]),
+                hold=Hold.of(phase, plan.kernels_of("text_encoder")),
                 cache=self._cache,
                 alone="text_encoder" not in plan.kept_on_device,
                 progress=self._progress,

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ..errors import RequestError
+from ..errors import KernelError, RequestError
+from ..kernels.guidance import combine
 from .components import Components
 from .conditioning import Conditioning
-from .dit import Branch, ModulationTable
+from .dit import Branch, ModulationTable, QwenImageTransformer
 from .events import Step
+from .guard import Finite
 from .job import Geometry, Job
-from .latents import combine, initial_noise, pack, unpack
+from .latents import initial_noise, pack, unpack
 from .picture import resize, to_tensor
 from .schedule import Schedule, make_schedule
 from .state import RunState
+
+STEP_OPS = ("transformer.linear", "transformer.attention", "transformer.modulate", "transformer.rope", "guidance")
 
 
 @dataclass(frozen=True)
@@ -130,22 +134,51 @@ class Denoiser:
 
     @torch.no_grad()
     def advance(self, state: RunState) -> Step:
-        """Do step ``state.next_step``; ``state`` is not changed, so a failed step can be tried again."""
+        """Do step ``state.next_step``; ``state`` is not changed, so a failed step can be tried again.
+
+        A velocity that is not finite is computed once more from the same state, every op in its definition. The flag
+        that tells is read before the step is given away, so no step with bad latents is ever seen; the host then waits
+        for the last work of the step, and no longer, while copies ahead go on on their own stream. Whether a step is
+        done again follows from its state alone, so that a resumed run ends in the same bits.
+
+        Raises:
+            KernelError: the velocity is not finite in the definitions either.
+        """
+        plan = self.components.planned
+        step, finite = self._attempt(state, self.components.transformer, plan.kernels, safe=False)
+        if finite.read():
+            return step
+        step, finite = self._attempt(state, self.components.safe_transformer(), plan.safe, safe=True)
+        name = f"step {step.index + 1} of {step.total}"
+        if not finite.read():
+            raise KernelError(
+                f"velocity of {name} must be finite, got NaN or infinity, with {_changed(plan.safe, plan.kernels)} too",
+                hint="--dtype float32, --weights bf16 or another model file: one of its weights may be damaged",
+            )
+        words = f"{name} was not finite and was done again with {_changed(plan.safe, plan.kernels)}"
+        return replace(step, notes=(words,))
+
+    def _attempt(
+        self, state: RunState, transformer: QwenImageTransformer, kernels: Mapping[str, str], *, safe: bool
+    ) -> tuple[Step, Finite]:
+        """A step, enqueued, and the question whether its velocity is finite."""
         index = state.next_step
         dtype = self.branches[0].text.dtype
-        velocities = self.components.transformer.velocity(
+        velocities = transformer.velocity(
             state.latent_tokens.to(dtype),
             self.seen.references,
             self.branches,
             self.table,
             self.schedule.timestep(index, dtype),
             more=index + 1 < self.total,
+            safe=safe,
             check=self.check,
         )
-        velocity = _guide([v.float() for v in velocities], self.job.true_cfg_scale)
+        velocity = _guide([v.float() for v in velocities], self.job.true_cfg_scale, kernels)
+        finite = Finite(velocity)
         latents = self.schedule.step(index, state.latent_tokens, velocity)
         sigma, sigma_next = (float(s) for s in self.schedule.sigmas[index : index + 2])
-        return Step(
+        step = Step(
             index=index,
             total=self.total,
             sigma=sigma,
@@ -155,10 +188,18 @@ class Denoiser:
             projection=self.seen.projection,
             size=(self.job.target.width, self.job.target.height),
         )
+        return step, finite
 
 
-def _guide(velocities: Sequence[torch.Tensor], scale: float) -> torch.Tensor:
-    return velocities[0] if len(velocities) == 1 else combine(velocities[0], velocities[1], scale)
+def _guide(velocities: Sequence[torch.Tensor], scale: float, kernels: Mapping[str, str]) -> torch.Tensor:
+    if len(velocities) == 1:
+        return velocities[0]
+    return combine(velocities[0], velocities[1], scale, implementation=kernels["guidance"])
+
+
+def _changed(safe: Mapping[str, str], kernels: Mapping[str, str]) -> str:
+    """The ops that ran in another implementation than planned."""
+    return ", ".join(f"{op} {made}" for op, made in safe.items() if made != kernels[op] and op in STEP_OPS)
 
 
 def _encode_references(job: Job, components: Components) -> torch.Tensor | None:

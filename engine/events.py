@@ -43,6 +43,7 @@ class Step:
         state: everything needed to go on from here; ``state.save(path)`` writes it.
         predicted: predicted clean latents ``x - sigma * v``, float32 [1, z, 1, h, w].
         mask: share of change per token where a mask is at work, else None.
+        notes: what happened in this step and should be told, one sentence each.
     """
 
     index: int
@@ -54,6 +55,7 @@ class Step:
     projection: torch.Tensor = field(repr=False)
     size: tuple[int, int]
     mask: torch.Tensor | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def latents(self) -> torch.Tensor:

@@ -31,7 +31,7 @@ class Ladder:
         ceiling: what to work inside of.
 
     Attributes:
-        notes: what was done, one sentence per retry.
+        notes: what was told, in order: one sentence per retry, and what steps said of themselves.
     """
 
     def __init__(self, components: Components, ceiling: Ceiling) -> None:
@@ -66,10 +66,14 @@ class Ladder:
             f"memory must be enough to {phase} after {RETRIES} retries, got: {fault}", hint=fitting()
         )
 
+    def tell(self, *words: str) -> None:
+        """Keep sentences for the notes of the result, and log them."""
+        for sentence in words:
+            self.notes.append(sentence)
+            logger.info("%s", sentence)
+
     def _shrink(self, phase: str) -> None:
-        words = self._components.shrink(phase)
-        self.notes.append(words)
-        logger.warning("%s", words)
+        self.tell(self._components.shrink(phase))
 
 
 def what_would_fit(model: ModelFacts, job: JobFacts, plan: Plan, budget: Budget, choices: Choices) -> str:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from ..kernels.guidance import combine
+
+__all__ = ["combine", "initial_noise", "pack", "unpack"]
+
 
 def pack(latents: torch.Tensor) -> torch.Tensor:
     """[batch, z, 1, h, w] to tokens [batch, h/2 * w/2, 4z]; channel order is ``z * 4 + row * 2 + column``."""
@@ -27,21 +31,3 @@ def initial_noise(seed: int, channels: int, rows: int, columns: int) -> torch.Te
     generator = torch.Generator("cpu").manual_seed(seed)
     noise = torch.randn((1, 1, channels, 2 * rows, 2 * columns), generator=generator, dtype=torch.float32)
     return pack(noise.transpose(1, 2))
-
-
-def combine(positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:
-    """True classifier-free guidance with the norm of the positive prediction.
-
-    ``c = n + scale * (p - n)``, then per token ``c * |p| / |c|`` over the channels; a token with ``|c| = 0`` stays 0.
-
-    Args:
-        positive: velocity of the prompt, float32 [batch, tokens, channels].
-        negative: velocity of the negative prompt, same shape.
-        scale: ``true_cfg_scale``.
-
-    Source: huggingface/diffusers@v0.42.1:src/diffusers/pipelines/qwenimage/pipeline_qwenimage_edit_plus.py, which
-    divides by zero where ours keeps zero.
-    """
-    combined = negative + scale * (positive - negative)
-    norm = combined.norm(dim=-1, keepdim=True)
-    return combined * (positive.norm(dim=-1, keepdim=True) / norm.where(norm > 0, torch.ones_like(norm)))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .plan import DeviceFacts
+from ..kernels import native
+from .plan import Choices, DeviceFacts, JobFacts, ModelFacts
+from .plan.kernels import products
 
 if TYPE_CHECKING:
     import torch
@@ -54,24 +57,44 @@ def _windows_memory() -> tuple[int, int] | None:
     return int(status.total), int(status.free)
 
 
+def host_facts(process_bytes: int | None = None) -> DeviceFacts:
+    """The host as a device; needs no torch.
+
+    Args:
+        process_bytes: what this process holds already, where it is the one that will run.
+    """
+    total, free = host_memory() or (1 << 62, 1 << 62)
+    missing = native.reason()
+    return DeviceFacts(
+        kind="cpu",
+        total_bytes=total,
+        free_bytes=free,
+        host_total_bytes=total,
+        host_free_bytes=free + (process_bytes or 0),
+        probes={} if process_bytes is None else {"process_bytes": process_bytes},
+        unusable={"native": missing} if missing else {},
+    )
+
+
 def device_facts(device: torch.device) -> DeviceFacts:
     """The device as it is now; a CUDA device is asked for its context, which starts one."""
-    total, free = host_memory() or (1 << 62, 1 << 62)
-    process = resident_bytes()
-    probes: dict[str, Any] = {} if process is None else {"process_bytes": process}
-    if device.type == "cpu":
-        return DeviceFacts(
-            kind="cpu",
-            total_bytes=total,
-            free_bytes=free,
-            host_total_bytes=total,
-            host_free_bytes=free + (process or 0),
-            probes=probes,
-        )
-    return _cuda_facts(device, total, free + (process or 0), probes)
+    host = host_facts(resident_bytes())
+    return host if device.type == "cpu" else _cuda_facts(device, host)
 
 
-def _cuda_facts(device: torch.device, host_total: int, host_free: int, probes: dict[str, Any]) -> DeviceFacts:
+def facts_for(device: torch.device, model: ModelFacts, job: JobFacts, choices: Choices) -> DeviceFacts:
+    """The device as it is now, with what was tried on it for the kernels that a run could use.
+
+    Raises:
+        PlanError: there is no memory to try a kernel.
+    """
+    from .probes import unusable
+
+    facts = device_facts(device)
+    return replace(facts, unusable=unusable(device, choices.attention, products(model, job, facts, choices)))
+
+
+def _cuda_facts(device: torch.device, host: DeviceFacts) -> DeviceFacts:
     import torch
 
     index = device.index or 0
@@ -79,16 +102,14 @@ def _cuda_facts(device: torch.device, host_total: int, host_free: int, probes: d
     free, total = torch.cuda.mem_get_info(index)
     reserved = torch.cuda.memory_reserved(index)
     context = _context_bytes(index, reserved)
-    return DeviceFacts(
+    return replace(
+        host,
         kind="cuda",
         name=torch.cuda.get_device_name(index),
         architecture=10 * major + minor,
         total_bytes=total,
         free_bytes=free + reserved + context,
         context_bytes=context,
-        host_total_bytes=host_total,
-        host_free_bytes=host_free,
-        probes=probes,
     )
 
 

@@ -17,12 +17,14 @@ FORMAT = 1
 def numerics(plan: Plan) -> dict[str, str]:
     """The recorded choices that decide bits beside request, model and device: formats, kernels, devices, tile.
 
-    Placement is not among them: it never changes a bit.
+    Placement is not among them: it never changes a bit; nor is what quantises, which writes the same bytes in every
+    implementation. ``attention`` and ``pinned`` are what was asked for, ``kernels`` is what ran.
     """
     return {
         "weights": plan.formats.transformer,
-        "linear": plan.kernels["transformer.linear"],
-        "text_encoder_linear": plan.kernels["text_encoder.linear"],
+        "kernels": " ".join(f"{op}={made}" for op, made in plan.kernels.items() if not op.endswith("quant")),
+        "attention": plan.attention,
+        "pinned": " ".join(f"{op}={made}" for op, made in plan.pinned.items()),
         "text_encoder_weights": plan.formats.encoder,
         "vae_weights": plan.formats.vae,
         "text_encoder_device": plan.phase("encode").device,

@@ -23,7 +23,7 @@ from .events import Decoded, Encoded, Result, Step
 from .job import Job, resolve
 from .ladder import Ladder, Turn, what_would_fit
 from .latents import unpack
-from .measure import device_facts
+from .measure import facts_for
 from .picture import resize, to_picture
 from .plan import Budget, Choices, JobFacts, ModelFacts, Plan, make_plan
 from .record import describe, numerics
@@ -132,7 +132,9 @@ class Engine:
         return self._plan(resolve(request, self.defaults, self._components.multiple))
 
     def _plan(self, job: Job) -> Plan:
-        return make_plan(self._facts, self._job_facts(job), self._budget, device_facts(self.device), self._choices)
+        asked = self._job_facts(job)
+        device = facts_for(self.device, self._facts, asked, self._choices)
+        return make_plan(self._facts, asked, self._budget, device, self._choices)
 
     def _job_facts(self, job: Job) -> JobFacts:
         return JobFacts.of(job, self.source.processor_config, dtype=str(self.dtype).removeprefix("torch."))
@@ -155,6 +157,7 @@ class Engine:
         Raises:
             RequestError: the model does not do what is asked, a run is under way, or ``resume`` is of another run.
             InputError: a picture cannot be used.
+            KernelError: a step was not finite, nor when it was done again in the definitions of all ops.
             Cancelled: :meth:`cancel` was called.
             PlanError: the request does not fit the ceilings.
             MemoryLadderError: memory ran out after every retry.
@@ -172,11 +175,39 @@ class Engine:
                 state = denoiser.start() if resume is None else denoiser.accept(resume)
                 while state.next_step < denoiser.total:
                     step = climb("denoise", partial(denoiser.advance, state))
+                    ladder.tell(*step.notes)
                     state = step.state
                     yield step
                 yield climb("decode", lambda: self._decode(job, plan, state, ladder))
             finally:
                 self._components.rest()
+
+    def encode(self, request: GenerateRequest, *, wait: bool = False) -> Encoded:
+        """Encode what a request says and shows, into the cache that :meth:`stream` looks into, and run nothing more.
+
+        Many requests encoded one after another load the text encoder once.
+
+        Args:
+            request: what is to be made later.
+            wait: wait for a run under way in another thread.
+
+        Raises:
+            RequestError: the model does not do what is asked, or a run is under way.
+            InputError: a picture cannot be used.
+            Cancelled: :meth:`cancel` was called.
+            PlanError: the request does not fit the ceilings.
+            MemoryLadderError: memory ran out after every retry.
+        """
+        with self._turn.take(wait=wait):
+            self._cancelled.clear()
+            job = resolve(request, self.defaults, self._components.multiple)
+            plan = self._components.plan = self._plan(job)
+            climb = partial(self._ladder(plan).climb, fitting=lambda: self._fitting(job, plan))
+            try:
+                conditioning, cached = climb("encode", lambda: self._encode(job))
+            finally:
+                self._components.rest()
+            return Encoded(conditioning, cached, self.source.notes + job.notes + self._words(plan))
 
     def edit(self, images: Picture | list[Picture] | tuple[Picture, ...], prompt: str, **options: Any) -> Result:
         """Edit one picture or several; ``options`` are the fields of :class:`EditRequest`."""

@@ -40,7 +40,8 @@ class Build:
         stages: pipeline stages.
         since: least compute capability it is launched on.
         until: last compute capability it is launched on; None for no limit.
-        unaligned: pointers and sizes that are not known to be multiples of 16.
+        unaligned: pointers that are not known to be multiples of 16.
+        multiples: integers that are multiples of 16, as those of the models' shapes are.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Build:
     since: int = 80
     until: int | None = None
     unaligned: frozenset[str] = field(default_factory=frozenset)
+    multiples: frozenset[str] = field(default_factory=frozenset)
 
     def fits(self, cc: int) -> bool:
         """Whether it is launched on a compute capability."""
@@ -96,12 +98,12 @@ def compile_ahead(build: Build, cc: int) -> Resources:
     if not isinstance(build.kernel, triton.JITFunction):
         raise KernelError("Triton must compile here, got its interpreter", hint="unset TRITON_INTERPRET")
     names = list(build.kernel.arg_names)
-    aligned = [name for name, kind in build.signature.items() if kind.startswith("*") and name not in build.unaligned]
+    pointers = {name for name, kind in build.signature.items() if kind.startswith("*")} - build.unaligned
     source = ASTSource(
         fn=build.kernel,
         signature={name: build.signature[name] for name in names},
         constexprs=dict(build.constants),
-        attrs={(names.index(name),): [["tt.divisibility", ALIGNED_BYTES]] for name in aligned},
+        attrs={(names.index(name),): [["tt.divisibility", ALIGNED_BYTES]] for name in pointers | build.multiples},
     )
     options = {"num_warps": build.warps, "num_stages": build.stages, "enable_fp_fusion": False}
     made = triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)

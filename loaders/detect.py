@@ -37,18 +37,18 @@ def transformer_facts(checkpoint: Checkpoint) -> dict[str, Any]:
         raise CheckpointError(
             f"{checkpoint.place} must be a Qwen-Image or Qwen-Image-Edit transformer, got Qwen-Image-Layered"
         )
-    _require_kind(checkpoint, "Qwen-Image transformer", ("img_in.weight", "transformer_blocks.0.attn.norm_q.weight"))
-    dim, channels = _shape(checkpoint, "img_in.weight", 2)
-    (head,) = _shape(checkpoint, "transformer_blocks.0.attn.norm_q.weight", 1)
+    require_kind(checkpoint, "Qwen-Image transformer", ("img_in.weight", "transformer_blocks.0.attn.norm_q.weight"))
+    dim, channels = shape_of(checkpoint, "img_in.weight", 2)
+    (head,) = shape_of(checkpoint, "transformer_blocks.0.attn.norm_q.weight", 1)
     if not head or dim % head:
         raise CheckpointError(f"{checkpoint.place}: width must be a multiple of the head size {head}, got {dim}")
     return {
-        "num_layers": _count(checkpoint, r"transformer_blocks\.(\d+)\."),
+        "num_layers": count_of(checkpoint, r"transformer_blocks\.(\d+)\."),
         "attention_head_dim": head,
         "num_attention_heads": dim // head,
-        "joint_attention_dim": _shape(checkpoint, "txt_in.weight", 2)[1],
+        "joint_attention_dim": shape_of(checkpoint, "txt_in.weight", 2)[1],
         "in_channels": channels,
-        "out_channels": _shape(checkpoint, "proj_out.weight", 2)[0] // 4,
+        "out_channels": shape_of(checkpoint, "proj_out.weight", 2)[0] // 4,
     }
 
 
@@ -79,20 +79,18 @@ def vae_facts(checkpoint: Checkpoint) -> dict[str, Any]:
             f"{checkpoint.place} must be a Qwen image VAE with diffusers names, got the Wan layout of ComfyUI",
             hint="use vae/diffusion_pytorch_model.safetensors of the model's hub repository",
         )
-    _require_kind(
-        checkpoint, "Qwen image VAE", ("encoder.conv_in.weight", "decoder.up_blocks.0.resnets.0.conv1.weight")
-    )
-    base, channels = _shape(checkpoint, "encoder.conv_in.weight", 5)[:2]
-    levels = _count(checkpoint, r"decoder\.up_blocks\.(\d+)\.")
+    require_kind(checkpoint, "Qwen image VAE", ("encoder.conv_in.weight", "decoder.up_blocks.0.resnets.0.conv1.weight"))
+    base, channels = shape_of(checkpoint, "encoder.conv_in.weight", 5)[:2]
+    levels = count_of(checkpoint, r"decoder\.up_blocks\.(\d+)\.")
     widths = [
-        _shape(checkpoint, f"decoder.up_blocks.{level}.resnets.0.conv1.weight", 5)[0]
+        shape_of(checkpoint, f"decoder.up_blocks.{level}.resnets.0.conv1.weight", 5)[0]
         for level in reversed(range(levels))
     ]
     return {
         "base_dim": base,
-        "z_dim": _shape(checkpoint, "post_quant_conv.weight", 5)[0],
+        "z_dim": shape_of(checkpoint, "post_quant_conv.weight", 5)[0],
         "dim_mult": [width // base if base else 0 for width in widths],
-        "num_res_blocks": _count(checkpoint, r"decoder\.up_blocks\.0\.resnets\.(\d+)\.") - 1,
+        "num_res_blocks": count_of(checkpoint, r"decoder\.up_blocks\.0\.resnets\.(\d+)\.") - 1,
         "temperal_downsample": [
             f"decoder.up_blocks.{level}.upsamplers.0.time_conv.weight" in checkpoint.tensors
             for level in reversed(range(levels - 1))
@@ -126,24 +124,24 @@ def text_encoder_facts(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     layer = "language_model.layers.0"
     kind = ("language_model.embed_tokens.weight", f"{layer}.self_attn.q_proj.bias", "visual.patch_embed.proj.weight")
-    _require_kind(checkpoint, "Qwen2.5-VL text encoder with its vision tower", kind)
-    vocab, hidden = _shape(checkpoint, "language_model.embed_tokens.weight", 2)
-    vision, channels, frames, patch, _ = _shape(checkpoint, "visual.patch_embed.proj.weight", 5)
+    require_kind(checkpoint, "Qwen2.5-VL text encoder with its vision tower", kind)
+    vocab, hidden = shape_of(checkpoint, "language_model.embed_tokens.weight", 2)
+    vision, channels, frames, patch, _ = shape_of(checkpoint, "visual.patch_embed.proj.weight", 5)
     return {
         "text_config": {
             "vocab_size": vocab,
             "hidden_size": hidden,
-            "num_hidden_layers": _count(checkpoint, r"language_model\.layers\.(\d+)\."),
-            "intermediate_size": _shape(checkpoint, f"{layer}.mlp.gate_proj.weight", 2)[0],
+            "num_hidden_layers": count_of(checkpoint, r"language_model\.layers\.(\d+)\."),
+            "intermediate_size": shape_of(checkpoint, f"{layer}.mlp.gate_proj.weight", 2)[0],
         },
         "vision_config": {
             "hidden_size": vision,
             "in_channels": channels,
             "temporal_patch_size": frames,
             "patch_size": patch,
-            "depth": _count(checkpoint, r"visual\.blocks\.(\d+)\."),
-            "intermediate_size": _shape(checkpoint, "visual.blocks.0.mlp.gate_proj.weight", 2)[0],
-            "out_hidden_size": _shape(checkpoint, "visual.merger.mlp.2.weight", 2)[0],
+            "depth": count_of(checkpoint, r"visual\.blocks\.(\d+)\."),
+            "intermediate_size": shape_of(checkpoint, "visual.blocks.0.mlp.gate_proj.weight", 2)[0],
+            "out_hidden_size": shape_of(checkpoint, "visual.merger.mlp.2.weight", 2)[0],
         },
     }
 
@@ -162,8 +160,8 @@ def text_encoder_config(checkpoint: Checkpoint) -> dict[str, Any]:
             f"without a config, got {vision['depth']} of {vision['hidden_size']}",
             hint=_SIDECAR,
         )
-    (width,) = _shape(checkpoint, "language_model.layers.0.self_attn.q_proj.bias", 1)
-    (kv,) = _shape(checkpoint, "language_model.layers.0.self_attn.k_proj.bias", 1)
+    (width,) = shape_of(checkpoint, "language_model.layers.0.self_attn.q_proj.bias", 1)
+    (kv,) = shape_of(checkpoint, "language_model.layers.0.self_attn.k_proj.bias", 1)
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": list(_MROPE_SECTION)}
     text |= {
         "num_attention_heads": width // _HEAD_DIM,
@@ -198,7 +196,7 @@ def check_transformer(config: Mapping[str, Any], checkpoint: Checkpoint) -> None
     Raises:
         CheckpointError: naming the first such key, or the checkpoint is of another kind.
     """
-    _compare(config, transformer_facts(checkpoint), checkpoint.place)
+    compare(config, transformer_facts(checkpoint), checkpoint.place)
     axes = config.get("axes_dims_rope")
     if not isinstance(axes, Sequence) or sum(axes) != config["attention_head_dim"]:
         raise CheckpointError(
@@ -208,7 +206,7 @@ def check_transformer(config: Mapping[str, Any], checkpoint: Checkpoint) -> None
 
 def check_vae(config: Mapping[str, Any], checkpoint: Checkpoint) -> None:
     """Refuse a VAE config that the headers contradict; raises CheckpointError as ``check_transformer``."""
-    _compare({"input_channels": 3, **config}, vae_facts(checkpoint), checkpoint.place)
+    compare({"input_channels": 3, **config}, vae_facts(checkpoint), checkpoint.place)
     if config.get("attn_scales"):
         raise CheckpointError(f"{checkpoint.place}: attn_scales must be empty, got {config['attn_scales']!r:.80}")
     for key in ("latents_mean", "latents_std"):
@@ -221,11 +219,12 @@ def check_vae(config: Mapping[str, Any], checkpoint: Checkpoint) -> None:
 def check_text_encoder(config: Mapping[str, Any], checkpoint: Checkpoint) -> None:
     """Refuse a Qwen2.5-VL config that the headers contradict; raises CheckpointError as ``check_transformer``."""
     facts = text_encoder_facts(checkpoint)
-    _compare(text_config(config), facts["text_config"], checkpoint.place)
-    _compare(vision_config(config), facts["vision_config"], f"{checkpoint.place} (vision_config)")
+    compare(text_config(config), facts["text_config"], checkpoint.place)
+    compare(vision_config(config), facts["vision_config"], f"{checkpoint.place} (vision_config)")
 
 
-def _compare(config: Mapping[str, Any], facts: Mapping[str, Any], place: str) -> None:
+def compare(config: Mapping[str, Any], facts: Mapping[str, Any], place: str) -> None:
+    """Refuse a config that says other than the headers; raises CheckpointError naming the first such key."""
     for key, fact in facts.items():
         value = config.get(key)
         if (list(value) if isinstance(value, tuple) else value) != fact:
@@ -235,7 +234,8 @@ def _compare(config: Mapping[str, Any], facts: Mapping[str, Any], place: str) ->
             )
 
 
-def _require_kind(checkpoint: Checkpoint, kind: str, names: Sequence[str]) -> None:
+def require_kind(checkpoint: Checkpoint, kind: str, names: Sequence[str]) -> None:
+    """Refuse a file without the tensors that only this kind of model has; raises CheckpointError."""
     missing = [name for name in names if name not in checkpoint.tensors]
     if missing:
         some = ", ".join(list(checkpoint.tensors)[:3]) or "no tensors"
@@ -244,14 +244,15 @@ def _require_kind(checkpoint: Checkpoint, kind: str, names: Sequence[str]) -> No
         )
 
 
-def _shape(checkpoint: Checkpoint, name: str, dims: int) -> tuple[int, ...]:
+def shape_of(checkpoint: Checkpoint, name: str, dims: int) -> tuple[int, ...]:
+    """The shape of a tensor; raises CheckpointError if it has another number of dimensions."""
     shape = checkpoint.info(name).shape
     if len(shape) != dims:
         raise CheckpointError(f"{checkpoint.place}: tensor {name!r} must have {dims} dimensions, got {list(shape)}")
     return shape
 
 
-def _count(checkpoint: Checkpoint, pattern: str) -> int:
-    """One more than the largest number at the pattern's place."""
+def count_of(checkpoint: Checkpoint, pattern: str) -> int:
+    """One more than the largest number at the pattern's place, 0 where it never stands."""
     matches = (re.match(pattern, name) for name in checkpoint.tensors)
     return max((int(match[1]) for match in matches if match), default=-1) + 1

@@ -13,6 +13,12 @@ ZERO_COND_MARKER = "__index_timestep_zero__"
 
 _PICKLED = frozenset({".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle", ".npz", ".npy"})
 _DIT_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+_ZIMAGE_HEADS = (("final_layer.", "all_final_layer.2-1."), ("x_embedder.", "all_x_embedder.2-1."))
+_ZIMAGE_INNER = (
+    (".attention.out.", ".attention.to_out.0."),
+    (".attention.q_norm.", ".attention.norm_q."),
+    (".attention.k_norm.", ".attention.norm_k."),
+)
 _ENCODER_ROOTS = (
     ("language_model.model.", "language_model."),
     ("language_model.lm_head.", "lm_head."),
@@ -89,6 +95,29 @@ def transformer_renamer(stored: Iterable[str]) -> Callable[[str], str | None]:
             return None
         short = name.removeprefix(prefix)
         return None if short == ZERO_COND_MARKER else short
+
+    return rename
+
+
+def zimage_renamer(stored: Iterable[str]) -> Callable[[str], str | None]:
+    """The renaming for a Z-Image transformer file to diffusers names.
+
+    Single files name the ends without the patch (``x_embedder``, ``final_layer``) and spell the attention otherwise;
+    their ``attention.qkv.weight`` keeps its name and is split afterwards. ``norm_final.weight`` is used by no code and
+    dropped.
+    """
+    shorten = transformer_renamer(stored)
+
+    def rename(name: str) -> str | None:
+        short = shorten(name)
+        if short is None or short == "norm_final.weight":
+            return None
+        for head, ours in _ZIMAGE_HEADS:
+            if short.startswith(head):
+                short = ours + short.removeprefix(head)
+        for inner, ours in _ZIMAGE_INNER:
+            short = short.replace(inner, ours)
+        return short
 
     return rename
 

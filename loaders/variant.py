@@ -1,7 +1,8 @@
-"""Which Qwen-Image model it is: from the pipeline's class, the config, a marker in its file, or the user's word.
+"""Which model it is: from the pipeline's class, the config, a marker in its file, its name, or the user's word.
 
 Edit-2509 and Edit-2511 differ in nothing but ``zero_cond_t``: with it, reference tokens are modulated as at timestep 0.
-A 2511 run without it gives a wrong picture and no error, so it is never guessed.
+A 2511 run without it gives a wrong picture and no error, so it is never guessed. Z-Image and Z-Image-Turbo differ in
+nothing but their values, so their name tells, or the user.
 """
 
 from __future__ import annotations
@@ -20,14 +21,19 @@ HUB_IDS: Mapping[str, str] = MappingProxyType(
         "qwen-image-edit": "Qwen/Qwen-Image-Edit",
         "qwen-image-edit-2509": "Qwen/Qwen-Image-Edit-2509",
         "qwen-image-edit-2511": "Qwen/Qwen-Image-Edit-2511",
+        "z-image": "Tongyi-MAI/Z-Image",
+        "z-image-turbo": "Tongyi-MAI/Z-Image-Turbo",
     }
 )
+ZIMAGE = ("z-image", "z-image-turbo")
 VERSIONS: Mapping[str, str] = MappingProxyType(
     {
         "original": "qwen-image",
         "edit": "qwen-image-edit",
         "edit-2509": "qwen-image-edit-2509",
         "edit-2511": "qwen-image-edit-2511",
+        "z-image": "z-image",
+        "z-image-turbo": "z-image-turbo",
     }
 )
 _CLASSES = MappingProxyType(
@@ -35,6 +41,8 @@ _CLASSES = MappingProxyType(
         "QwenImagePipeline": ("qwen-image",),
         "QwenImageEditPipeline": ("qwen-image-edit",),
         "QwenImageEditPlusPipeline": ("qwen-image-edit-2509", "qwen-image-edit-2511"),
+        "ZImagePipeline": ZIMAGE,
+        "ZImageImg2ImgPipeline": ZIMAGE,
     }
 )
 _PLUS_2509, _PLUS_2511 = "qwen-image-edit-2509", "qwen-image-edit-2511"
@@ -111,6 +119,8 @@ def folder_variant(
         raise CheckpointError(
             f"--model-version of a {pipeline} must give {' or '.join(candidates)}, got {model_version}"
         )
+    if candidates == ZIMAGE:
+        return zimage_variant(names, model_version)
     flag = config.get("zero_cond_t")
     if marked and flag is False:
         raise CheckpointError("zero_cond_t in the config must be true, as the marker in the file says, got false")
@@ -124,6 +134,32 @@ def folder_variant(
         return Variant(_PLUS_2511, zero_cond_t=True)
     _refuse_2511(names)
     return Variant(_PLUS_2509, zero_cond_t=False)
+
+
+def zimage_variant(names: Sequence[str], model_version: str | None) -> Variant:
+    """Z-Image or Z-Image-Turbo: by the user's word, else by the first name that says Z-Image.
+
+    Args:
+        names: the folder's or file's name and the other names that the model goes by.
+        model_version: ``z-image`` or ``z-image-turbo``, or None.
+
+    Raises:
+        CheckpointError: ``model_version`` is another model's.
+        RequestError: neither a name nor ``model_version`` tells, or ``model_version`` is unknown.
+    """
+    asked = _asked(model_version)
+    if asked is not None:
+        if asked not in ZIMAGE:
+            raise CheckpointError(f"--model-version of Z-Image must be {' or '.join(ZIMAGE)}, got {model_version}")
+        return Variant(asked, zero_cond_t=False)
+    for name in names:
+        last = name.replace("\\", "/").rstrip("/").rpartition("/")[2].lower().replace("_", "-")
+        if "z-image" in last or "zimage" in last:
+            return Variant("z-image-turbo" if "turbo" in last else "z-image", zero_cond_t=False)
+    raise RequestError(
+        f"--model-version must be given where no name says which Z-Image it is, got {' '.join(filter(None, names))}",
+        hint=f"add --model-version {' or '.join(ZIMAGE)}: their tensors have the same names and shapes",
+    )
 
 
 def single_variant(config: Mapping[str, Any], *, marked: bool, file_name: str, model_version: str | None) -> Variant:

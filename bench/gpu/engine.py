@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,15 +14,16 @@ import torch
 from ...engine.ceiling import AllocationMeter, make_ceiling
 from ...engine.dit import ModulationTable, QwenImageTransformer
 from ...engine.latents import combine, initial_noise
-from ...engine.measure import device_facts
+from ...engine.measure import device_facts, facts_for
 from ...engine.plan import Blocks, Budget, Choices, ModelFacts, PhasePlan, Plan, make_plan, parse_size
 from ...engine.plan.rules import step_flops
 from ...engine.schedule import make_schedule
 from ...engine.stack import Hold
 from ...kernels.quant import STORED
+from ..clock import Stopwatch
 from .geometry import EDIT_2511, TOY, Geometry
-from .probes import LINK_BYTES, TOY_BYTES, link, link_bytes_per_second, row_wise_fp8_works
-from .worker import Line, Run, Stopwatch, per_step, pick_device, serve
+from .probes import LINK_BYTES, TOY_BYTES, link, link_bytes_per_second
+from .worker import Line, Run, per_step, pick_device, serve
 
 SEED = 7
 RAM_BYTES = 100 << 30
@@ -64,7 +65,6 @@ class Bench:
     def __init__(self, geometry: Geometry, device: torch.device, found: Line) -> None:
         self._geometry, self._device = geometry, device
         self._link = link_bytes_per_second(found)
-        self._scaled_mm = row_wise_fp8_works(device)
         self._source = geometry.source()
         self._facts = ModelFacts.of(self._source)
         self._flops = step_flops(self._facts.transformer, geometry.job())
@@ -85,10 +85,9 @@ class Bench:
         return found
 
     def _make_plan(self, budget: Budget, choices: Choices) -> Plan:
-        measured = device_facts(self._device)
-        probes = {**measured.probes, "scaled_mm": self._scaled_mm}
-        facts = replace(measured, link_bytes_per_second=self._link, probes=probes)
-        return make_plan(self._facts, self._geometry.job(), budget, facts, choices)
+        job = self._geometry.job()
+        measured = facts_for(self._device, self._facts, job, choices)
+        return make_plan(self._facts, job, budget, replace(measured, link_bytes_per_second=self._link), choices)
 
     @torch.no_grad()
     def measure(self, weights: str, place: str) -> Line:
@@ -100,7 +99,7 @@ class Bench:
         meter = Meter(self._device, plan.ceilings.vram_bytes, plan.device.context_bytes)
         with meter.limited():
             before = time.perf_counter()
-            transformer = self._load(phase, plan.kernels["transformer.linear"])
+            transformer = self._load(phase, plan.kernels_of("transformer"))
             try:
                 loaded = time.perf_counter() - before
                 seconds, latents = self._denoise(transformer)
@@ -111,7 +110,7 @@ class Bench:
         return {
             "weights": weights,
             "place": place,
-            "linear": plan.kernels["transformer.linear"],
+            "kernels": plan.kernels_of("transformer"),
             "seconds_per_step": per_step(seconds),
             "seconds": seconds,
             "tflops": self._flops / per_step(seconds) / 1e12,
@@ -127,13 +126,13 @@ class Bench:
             "finite": bool(latents.isfinite().all()),
         }
 
-    def _load(self, phase: PhasePlan, kernel: str) -> QwenImageTransformer:
+    def _load(self, phase: PhasePlan, kernels: Mapping[str, str]) -> QwenImageTransformer:
         return QwenImageTransformer.load(
             self._source.transformer,
             device=self._device,
             dtype=self._geometry.dtype,
             cache=None,
-            hold=Hold.of(phase, kernel),
+            hold=Hold.of(phase, kernels),
         )
 
     def _denoise(self, transformer: QwenImageTransformer) -> tuple[list[float], torch.Tensor]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from ...engine.measure import device_facts, host_memory
 from ...engine.mover.host import anonymous
-from ...kernels.linear_int8.reference import products_padded
-from .worker import Line, Run, median_seconds, pick_device, serve
+from ..clock import median_seconds
+from ..limits import PRODUCTS
+from .worker import Line, Run, pick_device, serve
 
 CASES = ("device", "link", "bf16", "fp8", "int8")
 LINK_BYTES = 1 << 30
@@ -107,34 +107,6 @@ def product(kind: str, device: torch.device, rows: int, columns: int, outputs: i
     except (RuntimeError, NotImplementedError, ValueError) as error:
         return {**shape, "works": False, "error": str(error).split("\n")[0]}
     return {**shape, "works": True, "seconds": seconds, "tflops": 2e-12 * rows * columns * outputs / seconds}
-
-
-def _bf16(x: torch.Tensor, weight: torch.Tensor) -> Callable[[], object]:
-    return lambda: F.linear(x, weight)
-
-
-def _fp8(x: torch.Tensor, weight: torch.Tensor) -> Callable[[], object]:
-    a, b = x.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn)
-    scale_a = torch.ones(len(a), 1, device=x.device)
-    scale_b = torch.ones(1, len(b), device=x.device)
-    return lambda: torch._scaled_mm(
-        a, b.t(), scale_a=scale_a, scale_b=scale_b, out_dtype=torch.bfloat16, use_fast_accum=False
-    )
-
-
-def _int8(x: torch.Tensor, weight: torch.Tensor) -> Callable[[], object]:
-    a, b = (values.mul(40).clamp(-127, 127).to(torch.int8) for values in (x, weight))
-    return lambda: products_padded(a, b)
-
-
-PRODUCTS = {"bf16": _bf16, "fp8": _fp8, "int8": _int8}
-
-
-def row_wise_fp8_works(device: torch.device) -> bool:
-    """Whether ``_scaled_mm`` takes row scales for every shape of a step here."""
-    if device.type != "cuda":
-        return False
-    return all(product("fp8", device, *shape)["works"] for shape in SHAPES)
 
 
 if __name__ == "__main__":

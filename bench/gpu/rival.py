@@ -13,9 +13,10 @@ from ...engine.latents import combine
 from ...engine.measure import device_facts, resident_bytes
 from ...engine.plan import parse_size
 from ...engine.schedule import make_schedule
+from ..clock import Stopwatch
 from .engine import Meter, inputs
 from .geometry import EDIT_2511, TOY, Geometry
-from .worker import Line, Run, Stopwatch, per_step, pick_device, serve
+from .worker import Line, Run, per_step, pick_device, serve
 
 CASES = ("resident", "group 12GiB", "sequential 12GiB", "group")
 STEPS = {"resident": 4, "group": 3, "sequential": 2}

@@ -27,13 +27,14 @@ def last_run(lines: Iterable[Line]) -> list[Line]:
 
 
 def table(lines: Sequence[Line]) -> str:
-    """Markdown: the machine, our runs, the rivals, the kernels, the goals, and what did not run."""
+    """Markdown: machine, our runs, rivals, kernels and how they were compiled, goals, and what did not run."""
     ours, rivals = _measured(lines, "engine"), _measured(lines, "rival")
     parts = [
         _machine(lines),
         _ours(ours, _gemm_tflops(lines)),
         _rivals(rivals),
         _kernels(lines),
+        _ahead(lines),
         _goals(ours, rivals),
         _missing(lines),
     ]
@@ -129,18 +130,37 @@ def _rivals(rivals: Mapping[str, Line]) -> str:
 
 def _kernels(lines: Sequence[Line]) -> str:
     checks = _measured(lines, "kernels")
-    head = ("kernel", "error", "bound", "passed", "ms", "bf16 ms")
-    rows = [
-        (
-            case,
-            f"{line['error']:.2g}",
-            f"{line['bound']:.2g}",
-            "yes" if line["passed"] else "NO",
-            _number(line.get("seconds") and 1000 * line["seconds"]),
-            _number(line.get("bf16_seconds") and 1000 * line["bf16_seconds"]),
-        )
-        for case, line in checks.items()
-    ]
+    head = ("kernel", "by", "error", "bound", "ms", "eager ms", "faster", "limit", "limit ms", "of limit", "goal")
+    rows = [_kernel_row(case, line) for case, line in checks.items()]
+    return _grid(head, rows) if rows else ""
+
+
+REACHED = {None: "not judged", True: "reached", False: "MISSED"}
+
+
+def _kernel_row(case: str, line: Line) -> Sequence[str]:
+    if not line["passed"]:
+        return (case, "", "NOT PASSED", line["reason"].replace("\n", " "), *["-"] * 7)
+    return (
+        case,
+        line.get("implementation", ""),
+        f"{line['error']:.2g}",
+        f"{line['bound']:.2g}",
+        _number(1000 * line["ours_seconds"]),
+        _number(1000 * line["rival_seconds"]),
+        f"{line['speedup']:.2f}x",
+        line["limit"],
+        _number(1000 * line["limit_seconds"]),
+        _share(line["fraction_of_limit"]),
+        f"{line['goal']:.0%} {REACHED[line['reached']]}",
+    )
+
+
+def _ahead(lines: Sequence[Line]) -> str:
+    head = ("compiled", "cc", "warps", "stages", "registers", "spilled bytes", "shared bytes")
+    keys = ("cc", "warps", "stages", "registers", "spill_bytes", "shared_bytes")
+    found = [line for line in lines if line["stage"] == "ahead" and line["status"] == "ok"]
+    rows = [(f"{line['op']} {line['name']}", *(str(line[key]) for key in keys)) for line in found]
     return _grid(head, rows) if rows else ""
 
 

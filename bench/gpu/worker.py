@@ -54,42 +54,6 @@ def pick_device(toy: bool) -> torch.device:
     return torch.device("cuda", 0)
 
 
-class Stopwatch:
-    """Seconds between marks: by events on a CUDA device, so that no mark waits, else by the clock."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._marks: list[Any] = []
-
-    def mark(self) -> None:
-        """Note this moment of the current stream."""
-        if self._device.type != "cuda":
-            self._marks.append(time.perf_counter())
-            return
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        self._marks.append(event)
-
-    def seconds(self) -> list[float]:
-        """From each mark to the next; waits for the device."""
-        pairs = zip(self._marks[:-1], self._marks[1:], strict=True)
-        if self._device.type != "cuda":
-            return [after - before for before, after in pairs]
-        torch.cuda.synchronize(self._device)
-        return [before.elapsed_time(after) / 1000 for before, after in pairs]
-
-
-def median_seconds(run: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
-    """Median time of ``run`` after one call that is thrown away."""
-    run()
-    watch = Stopwatch(device)
-    watch.mark()
-    for _ in range(repeats):
-        run()
-        watch.mark()
-    return statistics.median(watch.seconds())
-
-
 def per_step(seconds: Sequence[float]) -> float:
     """Median over the steps after the first, which loads kernels; a single step stands for itself."""
     return statistics.median(seconds[1:] or seconds)

@@ -10,10 +10,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from .rope import rotate
+from ...kernels.attention import attend
+from ...kernels.epilogue import Epilogue
+from ...kernels.modulate import add_gated, modulate
+from ...kernels.rope import norm_rope_joint
+from ..quant import QuantLinear, linear, project
+from .kernels import DEFINITIONS, Kernels
 
 EPS = 1e-6
 
@@ -24,6 +28,36 @@ class Modulation(NamedTuple):
     shift: torch.Tensor
     scale: torch.Tensor
     gate: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Modulation of one norm of one stream: ``first`` for its first ``split`` tokens, ``rest`` for the others.
+
+    ``rest`` and ``split`` are None where all tokens share one.
+    """
+
+    first: Modulation
+    rest: Modulation | None = None
+    split: int | None = None
+
+    @property
+    def target(self) -> Ranges:
+        """The first range as a stream of its own."""
+        return Ranges(self.first)
+
+    def modulate(self, x: torch.Tensor, kernels: Kernels) -> torch.Tensor:
+        """``LayerNorm(x) * (1 + scale) + shift``: [batch, tokens, dim]."""
+        rest = None if self.rest is None else (self.rest.shift, self.rest.scale)
+        shift, scale, _ = self.first
+        return modulate(x, shift, scale, rest, self.split, eps=EPS, implementation=kernels.modulate)
+
+    def add(self, x: torch.Tensor, layer: nn.Module, inputs: torch.Tensor, kernels: Kernels) -> torch.Tensor:
+        """``x + gate * layer(inputs)`` over x: [batch, tokens, dim]; a layer of 8-bit weights adds as it writes."""
+        gate, rest = self.first.gate, None if self.rest is None else self.rest.gate
+        if isinstance(layer, QuantLinear):
+            return linear(layer, inputs, Epilogue(gate=gate, gate_rest=rest, split=self.split, residual=x), out=x)
+        return add_gated(x, layer(inputs), gate, rest, self.split, implementation=kernels.modulate)
 
 
 @dataclass(frozen=True)
@@ -38,51 +72,16 @@ class BlockRows:
     text: torch.Tensor
     reference: torch.Tensor | None = None
 
-    def pick(self, norm: int) -> tuple[Modulation, Modulation, Modulation | None]:
-        """The (image, text, reference) rows of norm 0 (attention) or 1 (feed-forward)."""
+    def pick(self, norm: int, target_tokens: int) -> tuple[Ranges, Ranges]:
+        """Modulation of the image and of the text stream by norm 0 (attention) or 1 (feed-forward)."""
         image, text = self._split(self.image, norm), self._split(self.text, norm)
-        return image, text, None if self.reference is None else self._split(self.reference, norm)
+        if self.reference is None:
+            return Ranges(image), Ranges(text)
+        return Ranges(image, self._split(self.reference, norm), target_tokens), Ranges(text)
 
     @staticmethod
     def _split(row: torch.Tensor, norm: int) -> Modulation:
         return Modulation(*row.chunk(6)[3 * norm : 3 * norm + 3])
-
-
-def modulate(
-    x: torch.Tensor, target: Modulation, reference: Modulation | None = None, target_tokens: int | None = None
-) -> torch.Tensor:
-    """``LayerNorm(x) * (1 + scale) + shift``, the first rows by ``target``, the rest by ``reference``.
-
-    Target and reference rows are contiguous ranges, so each is modulated as a slice and no per-token copy of the
-    modulation is made.
-
-    Args:
-        x: [batch, tokens, dim].
-        target: rows for the first ``target_tokens`` tokens, or for all of them when ``reference`` is None.
-        reference: rows for the remaining tokens.
-        target_tokens: length of the first range; read only when ``reference`` is given.
-    """
-    y = F.layer_norm(x, x.shape[-1:], eps=EPS)
-    if reference is None:
-        return y.mul_(1 + target.scale).add_(target.shift)
-    y[:, :target_tokens].mul_(1 + target.scale).add_(target.shift)
-    y[:, target_tokens:].mul_(1 + reference.scale).add_(reference.shift)
-    return y
-
-
-def add_gated(
-    x: torch.Tensor,
-    update: torch.Tensor,
-    target: Modulation,
-    reference: Modulation | None = None,
-    target_tokens: int | None = None,
-) -> torch.Tensor:
-    """``x + gate * update`` in place, with the gate of each range as in :func:`modulate`."""
-    if reference is None or update.shape[1] == target_tokens:
-        return x.addcmul_(update, target.gate)
-    x[:, :target_tokens].addcmul_(update[:, :target_tokens], target.gate)
-    x[:, target_tokens:].addcmul_(update[:, target_tokens:], reference.gate)
-    return x
 
 
 class _Activation(nn.Module):
@@ -91,7 +90,7 @@ class _Activation(nn.Module):
         self.proj = nn.Linear(dim, hidden)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.gelu(self.proj(x), approximate="tanh")
+        return linear(self.proj, x, Epilogue(gelu=True))
 
 
 class FeedForward(nn.Module):
@@ -101,20 +100,17 @@ class FeedForward(nn.Module):
         super().__init__()
         self.net = nn.ModuleList([_Activation(dim, hidden), nn.Identity(), nn.Linear(hidden, dim)])
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[batch, tokens, dim] to the same shape."""
-        return self.net[2](self.net[0](x))
+    def hidden(self, x: torch.Tensor) -> torch.Tensor:
+        """What the last layer reads: [batch, tokens, dim] to [batch, tokens, hidden]."""
+        return self.net[0](x)
 
 
 class _Scale(nn.Module):
-    """RMS norm over the head dimension."""
+    """Weight of the RMS norm over the head dimension."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight, EPS)
 
 
 class Rotations(NamedTuple):
@@ -124,10 +120,8 @@ class Rotations(NamedTuple):
     image: torch.Tensor
 
 
-def _attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Mask-free attention; arguments are [batch, tokens, heads, head_dim], the result [batch, tokens, dim]."""
-    out = F.scaled_dot_product_attention(query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2))
-    return out.transpose(1, 2).flatten(2)
+_Parts = list[tuple[nn.Module, _Scale | None, torch.Tensor]]
+"""Layers that read one stream, the norms of those that make queries or keys, and where each of them writes."""
 
 
 class JointAttention(nn.Module):
@@ -142,22 +136,8 @@ class JointAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         self.to_add_out = nn.Linear(dim, dim)
 
-    def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(-1, (self.heads, -1))
-
-    def _image_queries(self, image: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
-        return rotate(self.norm_q(self._heads(self.to_q(image))), rotations)
-
-    def _keys_values(
-        self, image: torch.Tensor, text: torch.Tensor, rotations: Rotations
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        text_keys = rotate(self.norm_added_k(self._heads(self.add_k_proj(text))), rotations.text)
-        image_keys = rotate(self.norm_k(self._heads(self.to_k(image))), rotations.image)
-        values = torch.cat([self.add_v_proj(text), self.to_v(image)], dim=1)
-        return torch.cat([text_keys, image_keys], dim=1), self._heads(values)
-
     def forward(
-        self, image: torch.Tensor, text: torch.Tensor, rotations: Rotations
+        self, image: torch.Tensor, text: torch.Tensor, rotations: Rotations, kernels: Kernels
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attend with every token as a query.
 
@@ -165,22 +145,54 @@ class JointAttention(nn.Module):
             image: [batch, image tokens, dim], modulated.
             text: [batch, text tokens, dim], modulated.
             rotations: rotary factors of both streams.
+            kernels: implementations.
 
         Returns:
-            Updates of the image and of the text stream, shaped as the inputs.
+            What ``to_out`` and ``to_add_out`` read: the image and the text part, shaped as the inputs.
         """
-        text_queries = rotate(self.norm_added_q(self._heads(self.add_q_proj(text))), rotations.text)
-        queries = torch.cat([text_queries, self._image_queries(image, rotations.image)], dim=1)
-        out = _attend(queries, *self._keys_values(image, text, rotations))
+        queries, keys, values = (self._joint(image, text) for _ in range(3))
         length = text.shape[1]
-        return self.to_out[0](out[:, length:]), self.to_add_out(out[:, :length])
+        parts: _Parts = [
+            (self.add_q_proj, self.norm_added_q, queries[:, :length]),
+            (self.add_k_proj, self.norm_added_k, keys[:, :length]),
+            (self.add_v_proj, None, values[:, :length]),
+        ]
+        self._fill(parts, text, rotations.text, kernels)
+        parts = [
+            (self.to_q, self.norm_q, queries[:, length:]),
+            (self.to_k, self.norm_k, keys[:, length:]),
+            (self.to_v, None, values[:, length:]),
+        ]
+        self._fill(parts, image, rotations.image, kernels)
+        out = attend(queries, keys, values, mode=kernels.attention)
+        return out[:, length:], out[:, :length]
 
     def forward_target(
-        self, image: torch.Tensor, text: torch.Tensor, rotations: Rotations, target_tokens: int
+        self, image: torch.Tensor, text: torch.Tensor, rotations: Rotations, target_tokens: int, kernels: Kernels
     ) -> torch.Tensor:
-        """Attend with the target tokens alone as queries: [batch, target_tokens, dim]."""
-        queries = self._image_queries(image[:, :target_tokens], rotations.image[:target_tokens])
-        return self.to_out[0](_attend(queries, *self._keys_values(image, text, rotations)))
+        """Attend with the target tokens alone as queries: [batch, target_tokens, dim], which ``to_out`` reads."""
+        target = image[:, :target_tokens]
+        queries, keys, values = self._joint(target), self._joint(image, text), self._joint(image, text)
+        length = text.shape[1]
+        parts: _Parts = [(self.to_q, self.norm_q, queries)]
+        self._fill(parts, target, rotations.image[:target_tokens], kernels)
+        parts = [(self.add_k_proj, self.norm_added_k, keys[:, :length]), (self.add_v_proj, None, values[:, :length])]
+        self._fill(parts, text, rotations.text, kernels)
+        parts = [(self.to_k, self.norm_k, keys[:, length:]), (self.to_v, None, values[:, length:])]
+        self._fill(parts, image, rotations.image, kernels)
+        return attend(queries, keys, values, mode=kernels.attention)
+
+    def _joint(self, *streams: torch.Tensor) -> torch.Tensor:
+        """A buffer for the tokens of all streams: [batch, tokens, heads, head_dim]."""
+        batch, _, dim = streams[0].shape
+        return streams[0].new_empty(batch, sum(x.shape[1] for x in streams), self.heads, dim // self.heads)
+
+    def _fill(self, parts: _Parts, x: torch.Tensor, rotations: torch.Tensor, kernels: Kernels) -> None:
+        """Project x by each layer into its slice of a joint buffer; what has a norm is normalised and rotated there."""
+        project(x, [layer for layer, _, _ in parts], [out.flatten(2) for *_, out in parts])
+        for _, norm, out in parts:
+            if norm is not None:
+                norm_rope_joint(out, norm.weight, rotations, out, eps=EPS, implementation=kernels.rope)
 
 
 class DoubleStreamBlock(nn.Module):
@@ -198,7 +210,13 @@ class DoubleStreamBlock(nn.Module):
         self.txt_mlp = FeedForward(dim, 4 * dim)
 
     def forward(
-        self, image: torch.Tensor, text: torch.Tensor, rows: BlockRows, rotations: Rotations, target_tokens: int
+        self,
+        image: torch.Tensor,
+        text: torch.Tensor,
+        rows: BlockRows,
+        rotations: Rotations,
+        target_tokens: int,
+        kernels: Kernels = DEFINITIONS,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the block on one branch.
 
@@ -208,26 +226,38 @@ class DoubleStreamBlock(nn.Module):
             rows: modulation rows of this block and timestep.
             rotations: rotary factors of both streams.
             target_tokens: how many image tokens belong to the picture being made.
+            kernels: implementations.
 
         Returns:
             The new image and text hidden states.
         """
-        img, txt, ref = rows.pick(0)
-        image_update, text_update = self.attn(modulate(image, img, ref, target_tokens), modulate(text, txt), rotations)
-        image = add_gated(image, image_update, img, ref, target_tokens)
-        text = add_gated(text, text_update, txt)
-        img, txt, ref = rows.pick(1)
-        image = add_gated(image, self.img_mlp(modulate(image, img, ref, target_tokens)), img, ref, target_tokens)
-        text = add_gated(text, self.txt_mlp(modulate(text, txt)), txt)
+        img, txt = rows.pick(0, target_tokens)
+        image_heads, text_heads = self.attn(
+            img.modulate(image, kernels), txt.modulate(text, kernels), rotations, kernels
+        )
+        image = img.add(image, self.attn.to_out[0], image_heads, kernels)
+        text = txt.add(text, self.attn.to_add_out, text_heads, kernels)
+        del image_heads, text_heads
+        img, txt = rows.pick(1, target_tokens)
+        image = img.add(image, self.img_mlp.net[2], self.img_mlp.hidden(img.modulate(image, kernels)), kernels)
+        text = txt.add(text, self.txt_mlp.net[2], self.txt_mlp.hidden(txt.modulate(text, kernels)), kernels)
         return image, text
 
     def forward_last(
-        self, image: torch.Tensor, text: torch.Tensor, rows: BlockRows, rotations: Rotations, target_tokens: int
+        self,
+        image: torch.Tensor,
+        text: torch.Tensor,
+        rows: BlockRows,
+        rotations: Rotations,
+        target_tokens: int,
+        kernels: Kernels = DEFINITIONS,
     ) -> torch.Tensor:
         """Run the block for the target tokens only: [batch, target_tokens, dim]."""
-        img, txt, ref = rows.pick(0)
-        modulated = modulate(image, img, ref, target_tokens)
-        update = self.attn.forward_target(modulated, modulate(text, txt), rotations, target_tokens)
-        target = add_gated(image[:, :target_tokens].contiguous(), update, img)
-        img = rows.pick(1)[0]
-        return add_gated(target, self.img_mlp(modulate(target, img)), img)
+        img, txt = rows.pick(0, target_tokens)
+        heads = self.attn.forward_target(
+            img.modulate(image, kernels), txt.modulate(text, kernels), rotations, target_tokens, kernels
+        )
+        target = img.target.add(image[:, :target_tokens].contiguous(), self.attn.to_out[0], heads, kernels)
+        del heads
+        img = rows.pick(1, target_tokens)[0].target
+        return img.add(target, self.img_mlp.net[2], self.img_mlp.hidden(img.modulate(target, kernels)), kernels)

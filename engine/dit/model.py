@@ -6,6 +6,7 @@ is bound, each with its own text length, so no padding and no mask exist.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields
@@ -13,18 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ...errors import CheckpointError
-from ...kernels.linear_fp8 import Fp8Path
+from ...kernels.modulate import modulate
 from ...loaders import Component
 from ..formats import DEAD_IN_LAST_BLOCK
 from ..mover import Tape
-from ..stack import BlockStack, Hold, open_tape
+from ..stack import NO_KERNELS, BlockStack, Hold, open_tape
 from ..stack.pack import Progress
 from ..template import Template
 from .block import EPS, DoubleStreamBlock, Rotations
+from .kernels import DEFINITIONS, SAFE, Kernels
 from .modulation import ModulationRows, ModulationTable
 from .rope import Grid, image_rotations, text_rotations
 
@@ -100,6 +101,7 @@ class QwenImageTransformer:
         blocks: the tape of blocks.
         ends: input and output layers.
         rows: source of modulation rows.
+        kernels: implementations of the blocks' ops.
     """
 
     def __init__(
@@ -109,17 +111,19 @@ class QwenImageTransformer:
         blocks: Tape,
         ends: _Ends,
         rows: ModulationRows,
+        kernels: Kernels = DEFINITIONS,
     ) -> None:
         self.config = config
         self.blocks = blocks
         self._template = template
         self._ends = ends
         self._rows = rows
+        self._kernels = kernels
         self._parameter = ends.img_in.weight
 
     @staticmethod
     def stack(
-        component: Component, weight_format: str, dtype: torch.dtype, fp8_path: Fp8Path = "dequantise"
+        component: Component, weight_format: str, dtype: torch.dtype, kernels: Mapping[str, str] = NO_KERNELS
     ) -> BlockStack[DoubleStreamBlock]:
         """The blocks of a checkpoint in a weight format, without modulation and what the last block does not need."""
         config = DiTConfig.from_dict(component.config)
@@ -133,7 +137,7 @@ class QwenImageTransformer:
             weight_format=weight_format,
             dtype=dtype,
             dead=DEAD_IN_LAST_BLOCK,
-            fp8_path=fp8_path,
+            kernels=kernels,
         )
 
     @classmethod
@@ -154,7 +158,7 @@ class QwenImageTransformer:
             device: where the slabs and the ends stay.
             dtype: compute dtype.
             cache: folder of cached modulation rows and packed files, or None.
-            hold: format and place of the blocks; None keeps them as stored on the device.
+            hold: format, place and kernels of the blocks; None keeps them as stored on the device.
             progress: called while the blocks are packed.
 
         Raises:
@@ -163,14 +167,20 @@ class QwenImageTransformer:
         """
         config = DiTConfig.from_dict(component.config)
         checkpoint, hold = component.checkpoint, hold or Hold()
-        stack = cls.stack(component, hold.weight_format, dtype, hold.fp8_path)
+        stack = cls.stack(component, hold.weight_format, dtype, hold.kernels)
         blocks = open_tape(stack, hold, device, cache, progress)
         with torch.device("meta"):
             ends = _Ends(config)
         ends = ends.to(dtype).to_empty(device="cpu").requires_grad_(False)
         checkpoint.read_into(list(ends.named_parameters()))
         rows = ModulationRows(checkpoint, config.num_layers, checkpoint.identity, device=device, cache=cache)
-        return cls(config, stack.template, blocks, ends.to(device), rows)
+        return cls(config, stack.template, blocks, ends.to(device), rows, Kernels.of(hold.kernels))
+
+    def with_template(self, template: Template[DoubleStreamBlock]) -> QwenImageTransformer:
+        """The same tape run by another block, whose layers take the same weights and multiply them in another way."""
+        made = copy.copy(self)
+        made._template = template
+        return made
 
     def close(self) -> None:
         """Free the weights."""
@@ -208,6 +218,7 @@ class QwenImageTransformer:
         timestep: float,
         *,
         more: bool = False,
+        safe: bool = False,
         check: Callable[[], None] = lambda: None,
     ) -> list[torch.Tensor]:
         """One network evaluation per branch, all branches inside each block's visit.
@@ -219,6 +230,8 @@ class QwenImageTransformer:
             table: modulation rows that hold ``timestep``.
             timestep: model time in [0, 1].
             more: another evaluation follows, so its first weights may be copied ahead.
+            safe: every op but the linear layers runs as it is defined, attention in float32; for a step that came out
+                not finite.
             check: called before each block; raises to stop the run.
 
         Returns:
@@ -229,6 +242,7 @@ class QwenImageTransformer:
         embedded = self._ends.img_in(tokens.to(self._parameter))
         states = [(embedded.clone(), branch.text.clone(), branch.rotations) for branch in branches]
         zero_cond_t = self.config.zero_cond_t and reference_tokens is not None
+        kernels = SAFE if safe else self._kernels
         last, outputs = len(self.blocks) - 1, []
         with closing(self.blocks.sweep(more)) as visits, self._template:
             for index, views in visits:
@@ -236,11 +250,12 @@ class QwenImageTransformer:
                 block = self._template.bind(views)
                 rows = table.block(index, timestep, zero_cond_t=zero_cond_t)
                 if index < last:
-                    states = [(*block(image, text, rows, rot, target), rot) for image, text, rot in states]
+                    states = [(*block(image, text, rows, rot, target, kernels), rot) for image, text, rot in states]
                 else:
-                    outputs = [block.forward_last(image, text, rows, rot, target) for image, text, rot in states]
-        return [self._output(hidden, table, timestep) for hidden in outputs]
-
-    def _output(self, hidden: torch.Tensor, table: ModulationTable, timestep: float) -> torch.Tensor:
+                    outputs = [
+                        block.forward_last(image, text, rows, rot, target, kernels) for image, text, rot in states
+                    ]
         scale, shift = table.output(timestep)
-        return self._ends.proj_out(F.layer_norm(hidden, hidden.shape[-1:], eps=EPS).mul_(1 + scale).add_(shift))
+        return [
+            self._ends.proj_out(modulate(x, shift, scale, eps=EPS, implementation=kernels.modulate)) for x in outputs
+        ]

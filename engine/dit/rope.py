@@ -59,14 +59,3 @@ def text_rotations(length: int, grids: Sequence[Grid], axes: Sequence[int]) -> t
     start = max(max(rows // 2, columns // 2) for rows, columns in grids)
     positions = torch.arange(start, start + length)
     return torch.cat([_rotations(positions, dim) for dim in axes], dim=1)
-
-
-def rotate(x: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
-    """Rotate interleaved pairs: ``(x_2j + i x_2j+1) * r_j`` in float32, returned in the dtype of ``x``.
-
-    Args:
-        x: [batch, tokens, heads, head_dim].
-        rotations: complex64 [tokens, head_dim / 2].
-    """
-    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * rotations[:, None]).flatten(3).type_as(x)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...kernels.linear_fp8 import Fp8Path
-from ..stack import BlockStack, Hold, open_tape
+from ..stack import NO_KERNELS, BlockStack, Hold, open_tape
 from ..stack.pack import Progress
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ class Segment:
 
 
 def decoder_stack(
-    config: Any, checkpoint: Checkpoint, weight_format: str, dtype: torch.dtype, fp8_path: Fp8Path = "dequantise"
+    config: Any, checkpoint: Checkpoint, weight_format: str, dtype: torch.dtype, kernels: Mapping[str, str] = NO_KERNELS
 ) -> BlockStack:
     """The decoder layers of a checkpoint in a weight format; ``config`` is transformers' ``Qwen2_5_VLTextConfig``."""
     from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
@@ -47,7 +46,7 @@ def decoder_stack(
         layer,
         weight_format=weight_format,
         dtype=dtype,
-        fp8_path=fp8_path,
+        kernels=kernels,
     )
 
 
@@ -85,7 +84,7 @@ class LanguageModel:
         self._rotary = modeling.Qwen2_5_VLRotaryEmbedding(config).to(device)
         norm_weight = checkpoint.read("language_model.norm.weight", dtype).to(device)
         self._norm.weight = torch.nn.Parameter(norm_weight, requires_grad=False)
-        stack = decoder_stack(config, checkpoint, hold.weight_format, dtype, hold.fp8_path)
+        stack = decoder_stack(config, checkpoint, hold.weight_format, dtype, hold.kernels)
         self._layer = stack.template
         self.tape = open_tape(stack, hold, device, cache, progress)
 

@@ -139,7 +139,7 @@ class PromptEncoder:
             "tokenizer": self._tokenizer_digest(),
             "weights": component.checkpoint.identity,
             "weight_format": self._hold.weight_format,
-            "fp8_path": self._hold.fp8_path,
+            "kernels": dict(self._hold.kernels),
         }
 
     def _tokenizer_digest(self) -> str:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 COMPOSITES = ("auto", "pixels", "latents", "none")
+MASK_SAMPLINGS = ("area", "bilinear")
 MAX_KERNEL_SIZE = 31
 MAX_DILATE_SIZE = 64
 
@@ -22,6 +23,8 @@ class Keep:
 
     Attributes:
         mask: white where a change is asked; soft values blend.
+        mask_sampling: how the mask becomes shares of tokens: their mean (``area``), or musubi-tuner's ``bilinear``,
+            that looks at the four pixels about each token's middle and misses thin strokes.
         rcm: find the region of change while the run goes on, and keep the rest; our rule, set by ``rcm_sensitivity``.
         rcm_sensitivity: 0 to 1, how small a difference counts as change.
         rcm_threshold: difference of latents above which a token changes; musubi-tuner's rule to the bit.
@@ -37,6 +40,7 @@ class Keep:
     """
 
     mask: Image.Image | str | PathLike[str] | None = None
+    mask_sampling: str = "area"
     rcm: bool = False
     rcm_sensitivity: float = 0.5
     rcm_threshold: float | None = None
@@ -61,6 +65,8 @@ class Keep:
             )
         if self.composite not in COMPOSITES:
             raise RequestError(f"composite must be one of {', '.join(COMPOSITES)}, got {self.composite!r}")
+        if self.mask_sampling not in MASK_SAMPLINGS:
+            raise RequestError(f"mask_sampling must be one of {', '.join(MASK_SAMPLINGS)}, got {self.mask_sampling!r}")
         _number("rcm_sensitivity", self.rcm_sensitivity, 0, 1)
         _number("rcm_threshold", self.rcm_threshold, 0, 1e6)
         _number("rcm_relative_threshold", self.rcm_relative_threshold, 0, 1)
@@ -76,6 +82,13 @@ class Keep:
         if self.rcm_threshold is not None or self.rcm_relative_threshold is not None:
             return "musubi"
         return "rcm" if self.rcm else None
+
+    @property
+    def put_back(self) -> str:
+        """What is put back at the end, ``auto`` decided: ``pixels``, ``latents`` or ``none``."""
+        if self.composite != "auto":
+            return self.composite
+        return "pixels" if self.rule in ("mask", "rcm") else "none"
 
     def record(self) -> dict[str, Any]:
         """What differs from the defaults, as JSON values; the mask is left to the caller."""

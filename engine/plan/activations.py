@@ -23,6 +23,7 @@ CHUNK_COPIES = 5
 OUTPUT_COLUMNS = 1024
 DEQUANTISED_ELEMENTS = 8 << 20
 DEQUANTISED_ROWS = 256
+CHUNK_SCORES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,10 @@ class Linear:
     """A linear layer's kernel by its scratch beside input, output and weight.
 
     Attributes:
-        kernel: ``torch`` (none); ``triton`` (8-bit tokens); ``int8`` (8-bit tokens, twice where they are padded, and
-            four float32 or int32 copies of 1024 output columns); ``scaled_mm`` (8-bit tokens); ``dequantise`` (8 M
-            weights in the compute dtype and the columns that they make).
+        kernel: ``torch`` and ``triton-w8a16`` (none); ``triton`` (8-bit tokens); ``int_mm`` and ``reference`` (8-bit
+            tokens, twice where they are padded, and four float32 or int32 copies of 1024 output columns);
+            ``scaled_mm`` (8-bit tokens); ``dequantise`` (8 M weights in the compute dtype and the columns that they
+            make).
         s: size of an element of the compute dtype.
         chunk_elements: numbers that are quantised or dequantised at a time.
     """
@@ -45,7 +47,7 @@ class Linear:
         """Bytes for [rows, inputs] times a weight [outputs, inputs]."""
         tokens = rows * (inputs + FLOAT_BYTES)
         chunk = CHUNK_COPIES * FLOAT_BYTES * min(rows * inputs, self.chunk_elements + inputs)
-        if self.kernel == "int8":
+        if self.kernel in ("int_mm", "reference"):
             columns = min(outputs, OUTPUT_COLUMNS)
             sums = 4 * FLOAT_BYTES * rows * columns + 2 * FLOAT_BYTES * columns * min(inputs, OUTPUT_COLUMNS)
             return max(tokens + chunk, 2 * tokens + sums)
@@ -54,19 +56,35 @@ class Linear:
             weights = min(outputs, step) * inputs
             floats = 2 * FLOAT_BYTES * min(weights, self.chunk_elements + inputs)
             return weights * self.s + floats + (rows * step * self.s if outputs > step else 0)
-        return {"torch": 0, "triton": tokens, "scaled_mm": tokens + chunk}[self.kernel]
+        return {"torch": 0, "triton-w8a16": 0, "triton": tokens, "scaled_mm": tokens + chunk}[self.kernel]
 
 
-def step_bytes(model: TransformerFacts, job: JobFacts, s: int, linear: Linear) -> int:
+def attention_scratch(kernel: str, tokens: int, d: int, heads: int, s: int) -> int:
+    """What a kernel of attention holds beside queries, keys, values and result, each ``[tokens, d]``.
+
+    ``sdpa`` of a CPU: nothing that a bound on the block does not hold; flash and memory-efficient kernels: a float32
+    per query and head; ``sage``: keys without their mean, queries and keys in 8 and values in 16 bits, and scales;
+    ``math``: a head's float32 queries, keys and values, and three times 8 M scores.
+    """
+    sums = FLOAT_BYTES * tokens * heads
+    if kernel == "sage":
+        return tokens * d * (s + 4) + 3 * sums
+    if kernel == "math":
+        return 5 * FLOAT_BYTES * tokens * (d // heads) + 3 * FLOAT_BYTES * (CHUNK_SCORES + tokens) + sums
+    return 0 if kernel == "sdpa" else sums
+
+
+def step_bytes(model: TransformerFacts, job: JobFacts, s: int, linear: Linear, kernel: str = "sdpa") -> int:
     """One network evaluation of all branches: what lives through it, and the widest moment of a block.
 
     With ``d`` the width, ``I`` image tokens (``T`` of the target), ``L`` text tokens of a branch, ``J = I + L``:
 
     - through the step: embedded image ``I d s``; per branch its image and text states and its embedded text
       ``(I + 2 L) d s``, rotations ``4 J h`` of head width ``h``, and prompt embeddings; latents, references, rows;
-    - attention: modulated ``J``, queries, keys and values ``3 J``, one more ``J`` while the last of them are joined,
-      and ``L``: ``(5 J + L) d s``; where keys are normalised and rotated, ``(2 J + 2 L) d s`` and float32 copies of
-      the longer stream ``M = max(I, L)``: ``12 + s`` bytes per element below float32 and 12 in it;
+    - attention: modulated ``J``, queries, keys and values ``3 J``, one more ``J`` while the last of them are joined or
+      for the result, and ``L``: ``(5 J + L) d s``, with the scratch of its kernel; where keys are normalised and
+      rotated, ``(2 J + 2 L) d s`` and float32 copies of the longer stream ``M = max(I, L)``: ``12 + s`` bytes per
+      element below float32 and 12 in it;
     - feed-forward: the attention's updates ``J``, modulated ``M``, hidden before and after GELU ``8 M``:
       ``(9 M + J) d s``; in the last block of a model without references ``11 I d s``;
     - guidance after the last block: the branches' velocities and what combines them, in float32;
@@ -77,7 +95,7 @@ def step_bytes(model: TransformerFacts, job: JobFacts, s: int, linear: Linear) -
     joint, widest = image + text, max(image, text)
     rotated = FLOAT_BYTES * 3 + (s if s < FLOAT_BYTES else 0)
     attention = max(
-        (5 * joint + text) * d * s,
+        (5 * joint + text) * d * s + attention_scratch(kernel, joint, d, d // model.head_dim, s),
         (2 * joint + 2 * text) * d * s + rotated * widest * d,
         (3 * joint + 2 * text + widest) * d * s + linear.scratch(joint, d, d),
     )

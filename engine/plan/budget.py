@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from ...errors import RequestError
 from ..formats import FORMATS
@@ -27,6 +29,9 @@ UNITS = {
 }
 WEIGHTS = ("auto", *FORMATS)
 OFFLOADS = ("auto", "none", "blocks", "sequential")
+ATTENTIONS = ("sdpa", "math", "flash", "xformers", "sage")
+ATTENTION_ALIASES = {"torch": "sdpa", "sageattn": "sage"}
+NO_PINS: Mapping[str, str] = MappingProxyType({})
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
 _NAMES = ((GIB, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
@@ -88,7 +93,9 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
-    """How weights are held. Whatever is chosen here can change bits only through formats, tiles and component devices.
+    """How weights are held and what computes.
+
+    Whatever is chosen here can change bits only through formats, tiles, component devices, kernels and attention.
 
     Attributes:
         weights: ``auto``, ``bf16``, ``int8`` or ``fp8`` for the transformer's blocks.
@@ -99,6 +106,10 @@ class Choices:
         text_encoder_cpu: the text encoder runs on the CPU; a recorded choice, since it changes bits.
         vae_tile: side of a VAE tile in pixels; None takes the device's fixed one.
         vae_weights: ``bf16`` (the compute dtype), ``int8`` or ``fp8`` rows for the VAE's convolutions.
+        kernels: implementations that must run, by where they run (``transformer.linear``), by op (``linear_int8``) or
+            by the last word of where (``linear``); see ``Plan.kernels`` for the names. The rest is the device's choice.
+        attention: of the transformer: ``sdpa`` (also ``torch``), ``flash``, ``xformers``, ``sage`` (also
+            ``sageattn``), or ``math``, the definition in float32.
 
     Raises:
         RequestError: a value is none of these, or two contradict each other.
@@ -111,8 +122,12 @@ class Choices:
     text_encoder_cpu: bool = False
     vae_tile: int | None = None
     vae_weights: str = "bf16"
+    kernels: Mapping[str, str] = field(default_factory=lambda: NO_PINS)
+    attention: str = "sdpa"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "attention", ATTENTION_ALIASES.get(self.attention, self.attention))
+        _one_of("attention", self.attention, ATTENTIONS)
         _one_of("weights", self.weights, WEIGHTS)
         _one_of("text_encoder_weights", self.text_encoder_weights, WEIGHTS)
         _one_of("offload", self.offload, OFFLOADS)

@@ -44,8 +44,10 @@ class DeviceFacts:
         host_total_bytes: memory of the host.
         host_free_bytes: of it, what could be had now.
         link_bytes_per_second: measured host-to-device bandwidth.
-        probes: further results of start-up probes: ``tflops`` by weight format, ``triton`` and ``scaled_mm``
-            (whether they work), ``process_bytes`` (host memory that imports take).
+        probes: further results of start-up probes: ``tflops`` by weight format, ``process_bytes`` (host memory that
+            imports take).
+        unusable: why an implementation cannot be used here, by name: ``triton``, ``native``, ``scaled_mm``, ``int_mm``,
+            kernels and libraries of attention. What is not named can.
     """
 
     kind: str
@@ -58,6 +60,7 @@ class DeviceFacts:
     host_free_bytes: int
     link_bytes_per_second: float | None = None
     probes: Mapping[str, Any] = field(default_factory=lambda: NO_PROBES)
+    unusable: Mapping[str, str] = field(default_factory=lambda: NO_PROBES)
 
 
 @dataclass(frozen=True)

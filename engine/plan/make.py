@@ -12,8 +12,9 @@ from .budget import Budget, Choices, parse_size, size_text
 from .choose import Ceilings, Kept, least, place, with_kept
 from .facts import DeviceFacts, ModelFacts, Part
 from .jobs import JobFacts
+from .kernels import pick
 from .phases import NAMES, Need, PhasePlan, cut_of, host_slab_bytes, needs, tile_rows, vae_weights
-from .rules import Formats, kernels, pick_formats, step_flops, step_seconds
+from .rules import Formats, pick_formats, step_flops, step_seconds
 
 MARGIN_SHARE = 16
 LEAST_MARGIN_BYTES = 256 << 20
@@ -29,7 +30,11 @@ class Plan:
         label: the model as the user wrote it.
         device: what it was made for.
         formats: weight formats and compute dtype.
-        kernels: kernel per op.
+        kernels: implementation by place and op: ``transformer.linear`` and so on.
+        safe: the same places and ops, each in its definition.
+        attention: the way of attention that was asked for.
+        pinned: implementations that were asked for.
+        passed_over: by place and op, the implementations that would have been preferred, and why they are not used.
         phases: encode, reference (the VAE before the transformer), denoise, decode; in order.
         cut: the bands of the VAE.
         vae_tile_rows: pixel rows of the output per band; depends on the size and the kind of device alone.
@@ -47,6 +52,10 @@ class Plan:
     device: DeviceFacts
     formats: Formats
     kernels: Mapping[str, str]
+    safe: Mapping[str, str]
+    attention: str
+    pinned: Mapping[str, str]
+    passed_over: Mapping[str, Mapping[str, str]]
     phases: tuple[PhasePlan, ...]
     cut: Cut
     vae_tile_rows: int
@@ -62,6 +71,16 @@ class Plan:
     def phase(self, name: str) -> PhasePlan:
         """The phase of that name."""
         return next(phase for phase in self.phases if phase.name == name)
+
+    def kernels_of(self, component: str, *, safe: bool = False) -> dict[str, str]:
+        """Op to implementation for the blocks of a component: ``linear``, ``attention``, ...
+
+        Args:
+            component: ``transformer``, ``text_encoder`` or ``vae``.
+            safe: the definitions.
+        """
+        root, source = f"{component}.", self.safe if safe else self.kernels
+        return {name.removeprefix(root): made for name, made in source.items() if name.startswith(root)}
 
     @property
     def vram_bytes(self) -> int:
@@ -82,7 +101,7 @@ def make_plan(model: ModelFacts, job: JobFacts, budget: Budget, device: DeviceFa
 
     Raises:
         PlanError: the ceilings cannot be met; the message says the least that would do.
-        RequestError: more blocks are to be streamed than can be.
+        RequestError: more blocks are to be streamed than can be, or a kernel that is asked for cannot run here.
     """
     blocks = len(model.transformer.stack.blocks)
     if choices.blocks_to_swap is not None and choices.blocks_to_swap >= blocks:
@@ -93,6 +112,7 @@ def make_plan(model: ModelFacts, job: JobFacts, budget: Budget, device: DeviceFa
     notes = list(job.notes)
     formats = pick_formats(device, job, choices)
     ceilings = _ceilings(budget, device, notes)
+    picked = pick(device, formats, choices, branches=job.branches)
     made = needs(model, job, device, formats, choices)
     command = _command(model, job, ceilings, formats, choices)
     phases = _place_all(made, device, ceilings, choices, lambda room: _command(model, job, room, formats, choices))
@@ -106,7 +126,11 @@ def make_plan(model: ModelFacts, job: JobFacts, budget: Budget, device: DeviceFa
         label=model.label,
         device=device,
         formats=formats,
-        kernels=MappingProxyType(kernels(device, formats, encoder_on_cpu=choices.text_encoder_cpu)),
+        kernels=MappingProxyType(dict(picked.names)),
+        safe=MappingProxyType(dict(picked.safe)),
+        attention=choices.attention,
+        pinned=MappingProxyType(dict(choices.kernels)),
+        passed_over=MappingProxyType(dict(picked.passed_over)),
         phases=tuple(phases[name] for name in NAMES if name in phases),
         cut=cut_of(device, choices),
         vae_tile_rows=tile_rows(model, job, cut_of(device, choices)),
@@ -284,6 +308,9 @@ def _command(model: ModelFacts, job: JobFacts, ceilings: Ceilings, formats: Form
         words.append(f"--vae-tile {choices.vae_tile}")
     if choices.vae_weights != "bf16":
         words.append(f"--vae-weights {choices.vae_weights}")
+    if choices.attention != "sdpa":
+        words.append(f"--attn-mode {choices.attention}")
+    words += [f"--kernel {op}={name}" for op, name in choices.kernels.items()]
     return " ".join(words)
 
 

@@ -10,12 +10,13 @@ from ..formats import QUANTISED
 from ..layout import ITEM_BYTES
 from ..vae.cut import PROJECTION_CELLS, Cut
 from ..vae.memory import decode_bytes, encode_bytes, weight_bytes
-from .activations import language_bytes, modulation_bytes, rows_bytes, step_bytes, vision_bytes
+from .activations import Linear, language_bytes, modulation_bytes, rows_bytes, step_bytes, vision_bytes
 from .budget import Choices
 from .facts import DeviceFacts, ModelFacts, Part
 from .jobs import JobFacts
+from .kernels import attention_of, linear_of
 from .placement import Blocks
-from .rules import Formats, linear_of
+from .rules import Formats
 
 Items = tuple[tuple[str, int], ...]
 
@@ -120,7 +121,7 @@ def tile_rows(model: ModelFacts, job: JobFacts, cut: Cut) -> int:
 def needs(model: ModelFacts, job: JobFacts, device: DeviceFacts, formats: Formats, choices: Choices) -> dict[str, Need]:
     """The phases of a run, in order."""
     config, cut, s = model.vae.config, cut_of(device, choices), ITEM_BYTES[formats.plain]
-    made = [_encode(model, job, device, formats, "cpu" if choices.text_encoder_cpu else device.kind)]
+    made = [_encode(model, job, device, formats, choices)]
     sizes = [(rows * config.scale_factor, columns * config.scale_factor) for rows, columns in job.latent_sizes[1:]]
     side = PROJECTION_CELLS * config.scale_factor
     held = [
@@ -131,7 +132,7 @@ def needs(model: ModelFacts, job: JobFacts, device: DeviceFacts, formats: Format
     held.append(decode_bytes(config, side, side, s, cut, formats.vae) + 8 * 4 * config.input_channels * side * side)
     most = max(held)
     made.append(_vae("reference", model, job, device, formats, most))
-    made.append(_denoise(model, job, device, formats))
+    made.append(_denoise(model, job, device, formats, choices))
     height, width = (side * config.scale_factor for side in job.latent_sizes[0])
     most = decode_bytes(config, height, width, s, cut, formats.vae)
     # the picture is brought to 8 bits in float32; the preview's colours are fitted to a decoded square of fixed size
@@ -150,9 +151,10 @@ def vae_weights(model: ModelFacts, formats: Formats) -> int:
     )
 
 
-def _encode(model: ModelFacts, job: JobFacts, device: DeviceFacts, formats: Formats, kind: str) -> Need:
+def _encode(model: ModelFacts, job: JobFacts, device: DeviceFacts, formats: Formats, choices: Choices) -> Need:
     s, encoder = ITEM_BYTES[formats.plain], model.encoder
-    linear = linear_of(kind, device, formats.encoder, formats.plain)
+    kind = "cpu" if choices.text_encoder_cpu else device.kind
+    linear = linear_of("text_encoder", device, formats, choices)
     items: list[tuple[str, int]] = []
     if job.patches:
         tower = sum(encoder.vision_stack.slab_bytes("bf16", formats.plain))
@@ -160,17 +162,18 @@ def _encode(model: ModelFacts, job: JobFacts, device: DeviceFacts, formats: Form
     items.append(("ends", encoder.hidden * s + encoder.head_dim * 4 + ALIGNMENT_BYTES))
     most = max(
         language_bytes(encoder, job, s, linear),
-        vision_bytes(encoder, job, s, linear_of(kind, device, "bf16", formats.plain)),
+        vision_bytes(encoder, job, s, Linear("torch", s)),
     )
     items += _activations(kind, most, 0)
     slabs = encoder.stack.slab_bytes(formats.encoder, formats.plain)
     return _need("encode", encoder.part, kind, formats.encoder, slabs, items, formats)
 
 
-def _denoise(model: ModelFacts, job: JobFacts, device: DeviceFacts, formats: Formats) -> Need:
+def _denoise(model: ModelFacts, job: JobFacts, device: DeviceFacts, formats: Formats, choices: Choices) -> Need:
     s, transformer = ITEM_BYTES[formats.plain], model.transformer
-    linear = linear_of(device.kind, device, formats.transformer, formats.plain)
-    most = max(step_bytes(transformer, job, s, linear), modulation_bytes(transformer, job))
+    linear = linear_of("transformer", device, formats, choices)
+    step = step_bytes(transformer, job, s, linear, attention_of(device, formats, choices))
+    most = max(step, modulation_bytes(transformer, job))
     rows = rows_bytes(transformer, job, s)
     items = [("ends", transformer.ends_parameters * s + ALIGNMENT_BYTES), ("modulation rows", rows)]
     kept = rows_bytes(transformer, job, 4)

@@ -1,11 +1,9 @@
-"""What follows from the architecture and the model alone: weight formats and kernels; never from free memory."""
+"""What follows from the architecture and the model alone: weight formats and rates; never from free memory."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..layout import ITEM_BYTES
-from .activations import CHUNK_ELEMENTS, DEVICE_CHUNK_ELEMENTS, Linear
 from .budget import Choices
 from .facts import DeviceFacts, TransformerFacts
 from .jobs import JobFacts
@@ -59,38 +57,6 @@ def pick_formats(device: DeviceFacts, job: JobFacts, choices: Choices) -> Format
     if dtype == "auto":
         dtype = "float32" if device.kind == "cpu" else "bfloat16"
     return Formats(main, encoder, choices.vae_weights, "F32" if dtype == "float32" else "BF16")
-
-
-def linear_kernel(device_kind: str, device: DeviceFacts, weight_format: str) -> str:
-    """Which implementation multiplies by weights of a format; Triton only where its probe says that it works."""
-    if weight_format == "bf16":
-        return "torch"
-    on_cpu = device_kind == "cpu" or device.architecture is None
-    if weight_format == "int8":
-        fused = not on_cpu and (device.architecture or 0) > OLDEST_INT8 and device.probes.get("triton", False)
-        return "triton" if fused else "int8"
-    row_wise = not on_cpu and HOPPER <= (device.architecture or 0) < CONSUMER_BLACKWELL
-    return "scaled_mm" if row_wise and device.probes.get("scaled_mm", True) else "dequantise"
-
-
-def linear_of(kind: str, device: DeviceFacts, weight_format: str, plain: str) -> Linear:
-    """The kernel with its scratch, for a compute dtype by its safetensors name."""
-    chunk = DEVICE_CHUNK_ELEMENTS if kind == "cuda" else CHUNK_ELEMENTS
-    return Linear(linear_kernel(kind, device, weight_format), ITEM_BYTES[plain], chunk)
-
-
-def kernels(device: DeviceFacts, formats: Formats, *, encoder_on_cpu: bool) -> dict[str, str]:
-    """Kernel per op."""
-    cuda = device.kind == "cuda"
-    encoder_kind = "cpu" if encoder_on_cpu else device.kind
-    return {
-        "transformer.linear": linear_kernel(device.kind, device, formats.transformer),
-        "transformer.attention": "sdpa-flash" if cuda else "sdpa",
-        "text_encoder.linear": linear_kernel(encoder_kind, device, formats.encoder),
-        "text_encoder.attention": "sdpa",
-        "vae.attention": "torch",
-        "vae.convolution": "cudnn" if cuda else "torch",
-    }
 
 
 def step_flops(model: TransformerFacts, job: JobFacts) -> float:

@@ -40,6 +40,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "compute": plan.formats.plain,
         },
         "kernels": dict(plan.kernels),
+        "passed_over": {op: dict(reasons) for op, reasons in plan.passed_over.items()},
         "vae_tile_rows": plan.vae_tile_rows,
         "phases": [_phase_json(phase) for phase in plan.phases],
         "kept_on_device": list(plan.kept_on_device),
@@ -76,9 +77,15 @@ def _phase_json(phase: PhasePlan) -> dict[str, Any]:
     }
 
 
-def as_text(plan: Plan) -> str:
-    """The plan for people: components, phases with every item, the decision, notes, and the line to paste."""
-    pieces = [_components(plan), *(_phase(phase) for phase in plan.phases), _decision(plan)]
+def as_text(plan: Plan, *, explain: bool = False) -> str:
+    """The plan for people: components, kernels, phases with every item, the decision, notes, and the line to paste.
+
+    Args:
+        plan: the plan.
+        explain: also say why preferred kernels are not used.
+    """
+    pieces = [_components(plan), _kernels(plan, explain=explain), *(_phase(phase) for phase in plan.phases)]
+    pieces.append(_decision(plan))
     pieces += ["\n".join(f"note: {note}" for note in plan.notes), "\n".join(f"hint: {hint}" for hint in plan.hints)]
     return "\n\n".join([piece for piece in pieces if piece] + [plan.command])
 
@@ -103,6 +110,15 @@ def _components(plan: Plan) -> str:
                 "; ".join(places),
             )
         )
+    return _table(rows)
+
+
+def _kernels(plan: Plan, *, explain: bool) -> str:
+    rows = [("kernel", "runs as")]
+    for op, made in plan.kernels.items():
+        rows.append((op, made))
+        if explain:
+            rows += [("", f"not {name}: {why}") for name, why in plan.passed_over.get(op, {}).items()]
     return _table(rows)
 
 

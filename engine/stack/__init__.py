@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from .blocks import BlockStack, CheckpointSource
+from .blocks import NO_KERNELS, BlockStack, CheckpointSource
 from .hold import Hold, open_tape, packed_path
 from .pack import pack, packed_bytes
 from .packed import PackedSource, packed_format
 
 __all__ = [
+    "NO_KERNELS",
     "BlockStack",
     "CheckpointSource",
     "Hold",

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Generic
 
 import torch
 
-from ...kernels.linear_fp8 import Fp8Path
 from ...loaders.checkpoint import Checkpoint
 from ..formats import QUANTISED, check_format, slab_specs
 from ..layout import SlabLayout
 from ..quant import quantise_module
 from ..template import Block, Template, dtype_name
+
+NO_KERNELS: Mapping[str, str] = MappingProxyType({})
+"""Every op in its definition."""
 
 
 class BlockStack(Generic[Block]):
@@ -27,7 +30,7 @@ class BlockStack(Generic[Block]):
         dtype: compute dtype.
         dead: names that the last block does not need; they take no space.
         keep: matrices that stay in the compute dtype.
-        fp8_path: how fp8 multiplies.
+        kernels: op of a block to its implementation; ``linear`` and ``quant`` are what 8-bit layers ask for.
 
     Attributes:
         template: the block that runs over the tape.
@@ -45,12 +48,14 @@ class BlockStack(Generic[Block]):
         dtype: torch.dtype,
         dead: Collection[str] = (),
         keep: Collection[str] = (),
-        fp8_path: Fp8Path = "dequantise",
+        kernels: Mapping[str, str] = NO_KERNELS,
     ) -> None:
         self.checkpoint, self.root, self.weight_format = checkpoint, root, check_format(weight_format)
         self.plain, self.keep = dtype_name(dtype), frozenset(keep)
         shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
-        quantise_module(module, weight_format, self.keep, fp8_path=fp8_path)
+        quantise_module(
+            module, weight_format, self.keep, implementation=kernels.get("linear"), quantiser=kernels.get("quant")
+        )
         self.template = Template(module)
         whole = SlabLayout.of(slab_specs(shapes, weight_format, self.plain, self.keep))
         alive = {name: shape for name, shape in shapes.items() if name not in dead}

@@ -3,40 +3,41 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from ...kernels.linear_fp8 import Fp8Path
 from ..mover import Placement, Tape
 from ..plan import PhasePlan
-from .blocks import BlockStack, CheckpointSource
+from .blocks import NO_KERNELS, BlockStack, CheckpointSource
 from .pack import Progress, pack
 from .packed import PackedSource
 
 
 @dataclass(frozen=True)
 class Hold:
-    """How the weights of a stack are held.
+    """How the weights of a stack are held, and what computes with them.
 
     Attributes:
         weight_format: ``bf16``, ``int8`` or ``fp8``.
         placement: which blocks are streamed; None keeps all on the device.
         packed: the packed file; None takes one in the cache where the format needs it, else the checkpoint.
-        fp8_path: how fp8 multiplies.
+        kernels: op of a block (``linear``, ``quant``, ``attention``, ``modulate``, ``rope``) to its implementation, as
+            ``kernels.dispatch`` names it; an op that is not named runs in its reference.
     """
 
     weight_format: str = "bf16"
     placement: Placement | None = None
     packed: Path | None = None
-    fp8_path: Fp8Path = "dequantise"
+    kernels: Mapping[str, str] = field(default_factory=lambda: NO_KERNELS)
 
     @classmethod
-    def of(cls, phase: PhasePlan, kernel: str, packed: Path | None = None) -> Hold:
-        """What a plan says of a phase, with the kernel of its linear layers."""
+    def of(cls, phase: PhasePlan, kernels: Mapping[str, str], packed: Path | None = None) -> Hold:
+        """What a plan says of a phase, with the kernels of its component (``Plan.kernels_of``)."""
         placement = None if phase.blocks is None else phase.blocks.placement
-        return cls(phase.weight_format, placement, packed, "scaled_mm" if kernel == "scaled_mm" else "dequantise")
+        return cls(phase.weight_format, placement, packed, kernels)
 
 
 def packed_path(stack: BlockStack, cache: Path) -> Path:

@@ -8,17 +8,19 @@ import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 
 from ...errors import CheckpointError, KernelError, OutputError
+from ...kernels import native
+from ...kernels.dispatch import Machine, choose
+from ...kernels.quant import quantise_rows
 from ...loaders.checkpoint import Checkpoint
 from ..files import write_whole
 from ..layout import SLAB_ALIGNMENT_BYTES
-from ..quant import quantise_weight
+from ..quant import row_group
 from ..template import aligned_bytes
 from .blocks import BlockStack
 from .packed import Slab, entries, metadata
@@ -55,7 +57,23 @@ def pack(stack: BlockStack, path: Path, progress: Progress = lambda done, total:
     write_whole(path, write)
 
 
+def quantiser(weight_format: str) -> Quantise:
+    """What quantises matrices on this machine's CPU: the native rows, or the reference, which gives the same bytes.
+
+    Raises:
+        KernelError: called with a matrix that is not finite.
+    """
+    implementation: Any = choose("quant", Machine("cpu", native=native.reason()))
+
+    def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        group = row_group(weight.shape[-1], weight_format)
+        return quantise_rows(weight, weight_format, group, implementation=implementation)
+
+    return quantise
+
+
 def _write(stack: BlockStack, file: BinaryIO, progress: Progress) -> None:
+    quantise = quantiser(stack.weight_format)
     start = _start(stack)
     slabs = _places(stack, start)
     file.seek(start)
@@ -63,7 +81,7 @@ def _write(stack: BlockStack, file: BinaryIO, progress: Progress) -> None:
     done = 0
     for index, slab in enumerate(slabs):
         data = buffer[: slab.nbytes].zero_()
-        _fill(stack, index, data)
+        _fill(stack, index, data, quantise)
         file.write(data.numpy().data)
         slabs[index] = replace(slab, crc=zlib.crc32(data.numpy().data))
         done += slab.nbytes
@@ -72,9 +90,8 @@ def _write(stack: BlockStack, file: BinaryIO, progress: Progress) -> None:
     file.write(_header(stack, slabs, start))
 
 
-def _fill(stack: BlockStack, index: int, slab: torch.Tensor) -> None:
+def _fill(stack: BlockStack, index: int, slab: torch.Tensor, quantise: Quantise) -> None:
     prefix, views = stack.prefix(index), stack.layouts[index].views(slab)
-    quantise = partial(quantise_weight, weight_format=stack.weight_format)
     plain = []
     for name, view in views.items():
         scale = views.get(name.removesuffix("weight") + "scale") if name.endswith(".weight") else None

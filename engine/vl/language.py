@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...errors import PlanError
-from ...kernels.linear_fp8 import Fp8Path
 from ..mover import Placement, Tape
-from ..stack import BlockStack, CheckpointSource, Hold, PackedSource, pack, packed_path
+from ..stack import NO_KERNELS, BlockStack, CheckpointSource, Hold, PackedSource, pack, packed_path
 from ..stack.pack import Progress
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ def layer_stack(
     checkpoint: Checkpoint,
     weight_format: str,
     dtype: torch.dtype,
-    fp8_path: Fp8Path = "dequantise",
+    kernels: Mapping[str, str] = NO_KERNELS,
     count: int | None = None,
 ) -> BlockStack:
     """The first decoder layers of a checkpoint, or all; ``config`` is transformers' ``Qwen3VLTextConfig``."""
@@ -55,7 +54,7 @@ def layer_stack(
     with torch.device("meta"):
         layer = modeling.Qwen3VLTextDecoderLayer(config, layer_idx=0)
     blocks: int = config.num_hidden_layers if count is None else count
-    return BlockStack(checkpoint, ROOT, blocks, layer, weight_format=weight_format, dtype=dtype, fp8_path=fp8_path)
+    return BlockStack(checkpoint, ROOT, blocks, layer, weight_format=weight_format, dtype=dtype, kernels=kernels)
 
 
 class LanguageModel:
@@ -94,8 +93,8 @@ class LanguageModel:
         self._rotary = modeling.Qwen3VLTextRotaryEmbedding(config).to(device)
         norm_weight = checkpoint.read("language_model.norm.weight", dtype).to(device)
         self._norm.weight = torch.nn.Parameter(norm_weight, requires_grad=False)
-        first = layer_stack(config, checkpoint, hold.weight_format, dtype, hold.fp8_path, depth)
-        whole = layer_stack(config, checkpoint, hold.weight_format, dtype, hold.fp8_path)
+        first = layer_stack(config, checkpoint, hold.weight_format, dtype, hold.kernels, depth)
+        whole = layer_stack(config, checkpoint, hold.weight_format, dtype, hold.kernels)
         placement = placed(hold.placement, depth, self._count)
         self._layer = first.template
         self.tape = Tape(first.layouts, _source(first, whole, hold, cache, progress), placement, device)

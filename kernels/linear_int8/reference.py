@@ -2,28 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
-from ..quant import quantise_tokens
+from ..epilogue import Flat, finish
 
 CHUNK_ROWS = 1024
 EXACT_COLUMNS = 1024
 """1024 products of 128 x 128 stay within 2^24, where float32 holds every integer."""
 
 
-def linear_int8(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, group: int
-) -> torch.Tensor:
-    """See ``kernels.linear_int8.linear_int8``; output columns are worked in chunks to bound the int32 sums."""
-    tokens, token_scale = quantise_tokens(x.reshape(-1, x.shape[-1]), "int8", group)
-    out = torch.empty(len(tokens), len(weight), dtype=x.dtype, device=x.device)
-    multiply = products_padded if x.is_cuda else products_in_floats
+def multiply(
+    tokens: torch.Tensor,
+    token_scale: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    epilogue: Flat,
+    out: torch.Tensor,
+) -> None:
+    """See ``kernels.linear_int8.linear_int8``: writes out [M, N]."""
+    products = products_padded if tokens.is_cuda else products_in_floats
+    _multiply(products, tokens, token_scale, weight, scale, bias, epilogue, out)
+
+
+def multiply_int_mm(
+    tokens: torch.Tensor,
+    token_scale: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    epilogue: Flat,
+    out: torch.Tensor,
+) -> None:
+    """The same by ``torch._int_mm``, on any device."""
+    _multiply(products_padded, tokens, token_scale, weight, scale, bias, epilogue, out)
+
+
+def _multiply(
+    products: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    tokens: torch.Tensor,
+    token_scale: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    epilogue: Flat,
+    out: torch.Tensor,
+) -> None:
+    """Output columns are worked in chunks to bound the int32 sums."""
     for start in range(0, len(weight), CHUNK_ROWS):
         rows = slice(start, start + CHUNK_ROWS)
-        y = multiply(tokens, weight[rows]).float().mul_(token_scale[:, None]).mul_(scale[rows])
-        out[:, rows] = y if bias is None else y.add_(bias[rows].float())
-    return out.view(*x.shape[:-1], len(weight))
+        y = products(tokens, weight[rows]).float().mul_(token_scale[:, None]).mul_(scale[rows])
+        finish(y if bias is None else y.add_(bias[rows].float()), epilogue, rows, out)
 
 
 def products_in_floats(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from qengine.bench import ops
 from qengine.bench.gpu import __main__ as command
-from qengine.bench.gpu import engine, kernels, probes, rival, table
+from qengine.bench.gpu import ahead, engine, kernels, probes, rival, table
 from qengine.bench.gpu.geometry import EDIT_2511, TOY
 from qengine.bench.gpu.watch import Stage, watch
 from qengine.bench.gpu.worker import per_step
@@ -47,7 +48,20 @@ def statuses(lines: Lines) -> list[tuple[str, str]]:
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Lines:
     """The lines in the file after a run of all stages but the rivals, each in its process."""
     path = tmp_path_factory.mktemp("gpu") / "new" / "gpu.jsonl"
-    words = ["--toy", "--json", str(path), "--commit", "abc", "--only", "probes", "kernels", "engine"]
+    words = [
+        "--toy",
+        "--deadline",
+        "1500",
+        "--json",
+        str(path),
+        "--commit",
+        "abc",
+        "--only",
+        "probes",
+        "kernels",
+        "engine",
+        "ahead",
+    ]
     assert command.main(words) == 0
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
@@ -61,6 +75,7 @@ def test_every_case_of_every_stage_gives_a_line(toy: Lines) -> None:
     assert len({line["run"] for line in toy}) == 1
     assert [line["case"] for line in of(toy, "probes")] == list(probes.CASES)
     assert [line["case"] for line in of(toy, "kernels")] == list(kernels.cases(True))
+    assert {line["case"] for line in of(toy, "ahead")} == set(ahead.cases(True))
     assert [line["case"] for line in of(toy, "engine")] == list(engine.TOY_CASES)
     begin, end = of(toy, "run")
     assert (begin["case"], end["case"], begin["commit"]) == ("begin", "end", "abc")
@@ -96,15 +111,60 @@ def test_the_link_says_why_memory_was_not_registered(toy: Lines) -> None:
     assert probes.link_bytes_per_second(line) == line["pageable"] > 0
 
 
-def test_the_kernels_pass_and_a_wrong_one_does_not(toy: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert all(line["passed"] for line in of(toy, "kernels"))
-    monkeypatch.setattr(kernels, "linear_int8", lambda x, weight, *_: torch.full((len(x), len(weight)), torch.nan))
-    assert not kernels.check("linear_int8", torch.device("cpu"), 3, 64, 48)["passed"]
+def test_the_smallest_case_of_every_op_passes_and_is_timed(toy: Lines) -> None:
+    lines = of(toy, "kernels")
+    assert [line["op"] for line in lines] == list(ops.names())
+    for line in lines:
+        assert line["passed"] and line["error"] <= line["bound"] and line["goal"] in kernels.GOALS.values()
+        assert min(line["ours_seconds"], line["rival_seconds"], line["limit_seconds"], line["fraction_of_limit"]) > 0
+
+
+def test_a_kernel_that_is_wrong_is_a_line_and_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(device: torch.device, generator: torch.Generator) -> ops.Case:
+        x = torch.randn(3, 5, generator=generator, device=device)
+        return ops.Case(lambda: x * 1.01, x.double(), x.clone, "copy", 2 * x.nbytes, 1e-6)
+
+    monkeypatch.setattr(ops, "cases", lambda op: {"3x5": wrong})
+    line = kernels.measure("copying", "3x5", torch.device("cpu"), 0.01)
+    assert line["passed"] is False and "error of copying 3x5 must be at most 1e-06, got 0.01" in line["reason"]
+    assert "NOT PASSED" in table.table([{"stage": "kernels", "case": "copying 3x5", "status": "ok", **line}])
+
+
+def test_linear_layers_run_by_every_implementation_on_a_card() -> None:
+    found = kernels.cases(False)
+    assert len(set(found)) == len(found) and not any(kernels.BY in case for case in kernels.cases(True))
+    for start, names in kernels.OTHERS.items():
+        for name in names:
+            assert any(case.startswith(start) and case.endswith(f" by {name}") for case in found), (start, name)
+
+
+def test_a_pinned_implementation_that_cannot_run_here_is_a_line_with_its_reason() -> None:
+    with ops.pinned("int_mm"):
+        line = kernels.measure("linear", next(iter(ops.cases("linear"))), torch.device("cpu"), 0.01)
+    assert line["passed"] is False and "int_mm: needs a CUDA device, not cpu" in line["reason"]
+    assert ops.planned("linear_int8", torch.device("cpu")) == "reference"
+
+
+def test_a_kernel_is_judged_by_its_share_of_the_limit_where_it_is_long_enough() -> None:
+    assert kernels.judge("copy", 0.86, 1e-3) == {"goal": 0.85, "reached": True}
+    assert kernels.judge("gemm", 0.74, 1e-3) == {"goal": 0.75, "reached": False}
+    assert kernels.judge("gemm", 0.1, 1e-6)["reached"] is None
 
 
 def test_kernels_are_checked_on_fresh_inputs_each_time(toy: Lines) -> None:
     seeds = [line["seed"] for line in of(toy, "kernels")]
     assert len(set(seeds)) == len(seeds)
+
+
+def test_compiling_ahead_says_what_every_configuration_takes(toy: Lines) -> None:
+    lines = of(toy, "ahead")
+    assert {line["op"] for line in lines} == set(ahead.cases(True))
+    assert all(line["cc"] == ahead.TOY_ARCHITECTURE and line["registers"] > 0 for line in lines)
+
+
+def test_an_op_that_does_not_compile_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="op must be one of"):
+        ahead.compiled("no_such_op", 90)
 
 
 def test_the_table_names_every_case_and_judges_every_goal(toy: Lines) -> None:

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from diffusers import QwenImageTransformer2DModel
 from pipelines import shared_pipeline
 from qengine.engine.dit import DiTConfig, ModulationRows, QwenImageTransformer
-from qengine.engine.dit.block import BlockRows, DoubleStreamBlock, Modulation, Rotations, add_gated, modulate
-from qengine.engine.dit.rope import image_rotations, text_rotations
-from qengine.errors import CheckpointError
+from qengine.engine.stack import Hold
+from qengine.errors import CheckpointError, KernelError
 from qengine.loaders import Checkpoint, Component, open_model
 from qengine.loaders.shapes import transformer_shapes
+
+from tests.kernels.counting import counted
 
 CPU = torch.device("cpu")
 GRIDS = [(5, 7), (3, 4), (6, 5)]
@@ -39,11 +40,11 @@ def embeds(config: DiTConfig, length: int, seed: int = 1) -> torch.Tensor:
 
 
 @torch.no_grad()
-def run(model: QwenImageTransformer, grids, prompts, timestep: float) -> list[torch.Tensor]:
+def run(model: QwenImageTransformer, grids, prompts, timestep: float, **how) -> list[torch.Tensor]:
     target, *rest = tokens_of(grids, model.config.in_channels)
     references = torch.cat(rest, dim=1) if rest else None
     branches = [model.branch(prompt, grids) for prompt in prompts]
-    return model.velocity(target, references, branches, model.table([timestep]), timestep)
+    return model.velocity(target, references, branches, model.table([timestep]), timestep, **how)
 
 
 @torch.no_grad()
@@ -146,34 +147,44 @@ class _Zeroed:
                 tensor.data.zero_()
 
 
-def test_X05_the_last_block_computes_only_what_is_read() -> None:
-    config = ours("edit-2511").config
-    block = DoubleStreamBlock(config.dim, config.num_attention_heads).requires_grad_(False)
-    generator = torch.Generator().manual_seed(3)
-    for parameter in block.parameters():
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    image = torch.randn(1, 20, config.dim, generator=generator)
-    text = torch.randn(1, 6, config.dim, generator=generator)
-    rows = BlockRows(*(torch.randn(6 * config.dim, generator=generator) for _ in range(3)))
-    grids = [(3, 4), (2, 4)]
-    rotations = Rotations(
-        text_rotations(6, grids, config.axes_dims_rope), image_rotations(grids, config.axes_dims_rope)
-    )
-    full, _ = block(image.clone(), text.clone(), rows, rotations, 12)
-    partial = block.forward_last(image.clone(), text.clone(), rows, rotations, 12)
-    torch.testing.assert_close(partial, full[:, :12], atol=1e-5, rtol=1e-5)
-    assert partial.shape == (1, 12, config.dim)
+def test_the_plans_kernels_reach_the_blocks_and_a_safe_step_takes_the_definitions(monkeypatch) -> None:
+    pytest.importorskip("triton")
+    from qengine.kernels.attention import reference as attention
+    from qengine.kernels.rope import triton as rope
+
+    component = open_model(shared_pipeline("edit-2511")).transformer
+    hold = Hold(kernels={"rope": "triton", "modulate": "triton", "attention": "sdpa", "linear": "torch"})
+    model = QwenImageTransformer.load(component, device=CPU, dtype=torch.float32, cache=None, hold=hold)
+    turned = counted(monkeypatch, rope, "_norm_rope_kernel")
+    attended = []
+    attend = attention.attend
+    monkeypatch.setattr(attention, "attend", lambda *arguments: attended.append(1) or attend(*arguments))
+    prompt = embeds(model.config, 4)
+    expected = run(ours("edit-2511"), GRIDS[:2], [prompt], 0.5)[0]
+    torch.testing.assert_close(run(model, GRIDS[:2], [prompt], 0.5)[0], expected, atol=1e-5, rtol=1e-5)
+    layers = model.config.num_layers
+    assert turned.launches == 4 * (layers - 1) + 3 and not attended
+    torch.testing.assert_close(run(model, GRIDS[:2], [prompt], 0.5, safe=True)[0], expected, atol=1e-5, rtol=1e-5)
+    assert turned.launches == 4 * (layers - 1) + 3 and len(attended) == layers
 
 
-def test_X05_sliced_modulation_equals_the_per_token_form() -> None:
-    generator = torch.Generator().manual_seed(4)
-    x, update = (torch.randn(1, 11, 16, generator=generator) for _ in range(2))
-    target, other = (Modulation(*(torch.randn(16, generator=generator) for _ in range(3))) for _ in range(2))
-    index = (torch.arange(11) >= 7)[None, :, None]
-    picked = Modulation(*(torch.where(index, b, a) for a, b in zip(target, other, strict=True)))
-    expected = F.layer_norm(x, (16,), eps=1e-6) * (1 + picked.scale) + picked.shift
-    assert torch.equal(modulate(x, target, other, 7), expected)
-    torch.testing.assert_close(add_gated(x.clone(), update, target, other, 7), x + picked.gate * update)
+def test_another_template_runs_over_the_same_tape() -> None:
+    component = open_model(shared_pipeline("edit-2511")).transformer
+    first = ours("edit-2511")
+    second = first.with_template(QwenImageTransformer.stack(component, "bf16", torch.float32).template)
+    prompt = embeds(first.config, 4)
+    found = [run(model, GRIDS[:2], [prompt], 0.5)[0] for model in (first, second, first)]
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert second.blocks is first.blocks and second._template is not first._template
+
+
+def test_an_implementation_that_does_not_exist_stops_the_step() -> None:
+    component = open_model(shared_pipeline("edit-2511")).transformer
+    for kernels in ({"rope": "cuda"}, {"modulate": "cuda"}, {"attention": "cuda"}):
+        hold = Hold(kernels=kernels)
+        model = QwenImageTransformer.load(component, device=CPU, dtype=torch.float32, cache=None, hold=hold)
+        with pytest.raises(KernelError, match="got 'cuda'"):
+            run(model, GRIDS[:1], [embeds(model.config, 4)], 0.5)
 
 
 def test_X05_both_branches_run_inside_one_visit_of_each_block(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,7 +155,7 @@ def test_a_quantised_linear_layer_takes_no_more_than_its_scratch(rows, inputs, o
             linear_int8(x, weight, scale, None, 64)
         else:
             linear_fp8(x, weight.to(torch.float8_e4m3fn), scale, None, "dequantise")
-    kernel = "int8" if weight_format == "int8" else "dequantise"
+    kernel = "reference" if weight_format == "int8" else "dequantise"
     result = rows * outputs * dtype.itemsize
     given_weight = weight.nbytes if weight_format == "fp8" else 0
     predicted = Linear(kernel, dtype.itemsize).scratch(rows, inputs, outputs) + result + given_weight

@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from qengine.engine import quant
 from qengine.engine.dit.block import BlockRows, DoubleStreamBlock, Rotations
 from qengine.engine.formats import QUANTISED, rotation_group, slab_specs
 from qengine.engine.layout import SlabLayout
-from qengine.engine.quant import QuantLinear, dequantise_weight, quantise_module, quantise_weight
+from qengine.engine.quant import QuantLinear, dequantise_weight, linear, project, quantise_module, quantise_weight
 from qengine.engine.template import Template, aligned_bytes, dtype_name
 from qengine.errors import RequestError
+from qengine.kernels.epilogue import Epilogue
+from qengine.kernels.linear_int8 import linear_int8
 from torch import nn
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
@@ -132,6 +135,76 @@ def test_the_layer_runs_its_tensors_by_the_op_of_its_format(weight_format: str, 
     else:
         assert layer.group == rotation_group(shape[1]) and not torch.equal(found, exact)
         assert float((found - exact).norm() / exact.norm()) < 0.015
+
+
+def bound_layer(weight_format: str, outputs: int = 20, **choices: Any) -> QuantLinear:
+    """A layer of 64 columns over random weights."""
+    plain = nn.Linear(64, outputs)
+    layer = QuantLinear(plain, weight_format, **choices)
+    stored, scale = quantise_weight(plain.weight.detach(), weight_format)
+    return Template(layer).bind({"weight": stored, "scale": scale, "bias": plain.bias.detach()})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_plain_layer_with_an_epilogue_has_the_bits_of_the_torch_calls_it_stands_for(dtype: torch.dtype) -> None:
+    layer = nn.Linear(64, 48).to(dtype).requires_grad_(False)
+    x, residual = torch.randn(1, 9, 64).to(dtype), torch.randn(1, 9, 48).to(dtype)
+    first, rest = torch.randn(2, 48).to(dtype)
+    y = layer(x)
+    assert torch.equal(linear(layer, x), y)
+    assert torch.equal(linear(layer, x, Epilogue(gelu=True)), F.gelu(y, approximate="tanh"))
+    exact = residual.clone()
+    exact[:, :4].addcmul_(y[:, :4], first)
+    exact[:, 4:].addcmul_(y[:, 4:], rest)
+    epilogue = Epilogue(gate=first, gate_rest=rest, split=4, residual=residual)
+    assert torch.equal(linear(layer, x, epilogue), exact) and not torch.equal(residual, exact)
+    assert linear(layer, x, epilogue, out=residual) is residual and torch.equal(residual, exact)
+
+
+@pytest.mark.parametrize("weight_format", ["int8", "fp8"])
+def test_a_quantised_layer_takes_the_epilogue_and_the_place_of_its_result(weight_format: str) -> None:
+    layer, x = bound_layer(weight_format), torch.randn(1, 5, 64)
+    gate, residual, out = torch.randn(20), torch.randn(1, 5, 20), torch.empty(1, 5, 20)
+    with torch.no_grad():
+        y = layer(x)
+        found = linear(layer, x, Epilogue(gate=gate, residual=residual), out)
+        assert found is out and torch.allclose(out, residual + gate * y, atol=1e-6)
+        assert torch.allclose(linear(layer, x, Epilogue(gelu=True)), F.gelu(y, approximate="tanh"), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("formats", "times"), [(["int8"] * 3, 1), (["int8", "int8", None], 2), (["fp8"] * 3, 0), ([None] * 3, 0)]
+)
+def test_layers_that_share_an_input_quantise_it_once(formats, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [nn.Linear(64, 20) if each is None else bound_layer(each) for each in formats]
+    x, made = torch.randn(1, 5, 64), []
+    with torch.no_grad():
+        exact = [layer(x) for layer in layers]
+        real = quant.make_tokens
+        monkeypatch.setattr(quant, "make_tokens", lambda *arguments: made.append(arguments) or real(*arguments))
+        place = torch.empty(1, 5, 20)
+        found = project(x, layers, [None, place, None])
+    assert len(made) == times and found[1] is place
+    assert all(torch.equal(a, b) for a, b in zip(found, exact, strict=True))
+
+
+def test_a_layer_runs_in_the_implementation_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def spy(*arguments: Any, **options: Any) -> torch.Tensor:
+        asked.append(options["implementation"])
+        return linear_int8(*arguments, **options)
+
+    monkeypatch.setattr(quant, "linear_int8", spy)
+    block = on_meta(BLOCKS["dit"], torch.float32)
+    quantise_module(block, "int8", implementation="int_mm")
+    layers = [layer for layer in block.modules() if isinstance(layer, QuantLinear)]
+    assert layers and {(layer.implementation, layer.quantiser) for layer in layers} == {("int_mm", "reference")}
+    assert bound_layer("int8", implementation="triton").quantiser == "triton"
+    assert bound_layer("fp8", implementation="triton", quantiser="native").quantiser == "native"
+    with torch.no_grad():
+        bound_layer("int8", implementation="int_mm")(torch.randn(2, 64))
+    assert asked == ["int_mm"]
 
 
 @pytest.mark.parametrize(("weight_format", "stored"), [("int8", torch.int8), ("fp8", torch.float8_e4m3fn)])

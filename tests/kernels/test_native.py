@@ -28,7 +28,7 @@ def test_the_library_is_loaded_or_there_is_a_reason() -> None:
 def test_a_library_of_another_abi_version_is_not_used(tmp_path: Path) -> None:
     path = build(tmp_path, 'extern "C" unsigned qengine_abi_version() { return 99; }')
     status = native.load(path)
-    assert status.library is None and "must have ABI version 1, got 99" in status.reason
+    assert status.library is None and f"must have ABI version {native.ABI_VERSION}, got 99" in status.reason
 
 
 def test_a_library_without_a_version_and_a_file_that_is_none_are_not_used(tmp_path: Path) -> None:
@@ -74,3 +74,14 @@ def test_the_native_reader_refuses_bad_arguments_with_einval(tmp_path: Path) -> 
     past_the_end = (ctypes.c_uint64 * 3)(1 << 63, 4, ctypes.addressof(stopped))
     for ranges in (bad_target, past_the_end):
         assert entry(name, ranges, size(1), 1, size(1), where) == einval
+
+
+@pytest.mark.skipif(native.library() is None, reason=f"no native library: {native.reason()}")
+def test_the_best_instruction_set_is_one_that_is_here_and_plain_always_is() -> None:
+    here = [name for name in native.ISAS[1:] if native.isa(name) == name]
+    assert here[0] == "plain" and native.isa() == here[-1]
+
+
+def test_a_library_that_lacks_a_function_of_its_version_is_not_used(tmp_path: Path) -> None:
+    source = f'extern "C" unsigned qengine_abi_version() {{ return {native.ABI_VERSION}; }}'
+    assert native.load(build(tmp_path, source)).reason.endswith("has no qengine_isa")

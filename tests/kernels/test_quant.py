@@ -14,7 +14,15 @@ from qengine.kernels.linear_fp8 import linear_fp8
 from qengine.kernels.linear_fp8 import reference as fp8
 from qengine.kernels.linear_int8 import linear_int8
 from qengine.kernels.linear_int8 import reference as int8
-from qengine.kernels.quant import GROUPS, dequantise_rows, quantise_rows, quantise_tokens, reference, rotate
+from qengine.kernels.quant import (
+    GROUPS,
+    dequantise_rows,
+    make_tokens,
+    quantise_rows,
+    quantise_tokens,
+    reference,
+    rotate,
+)
 
 H4 = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], dtype=torch.float64) / 2
 SHAPES = [(1, 4, 1), (3, 423, 213), (7, 36, 5), (5, 192, 19), (33, 1280, 64), (2, 1, 3)]
@@ -166,7 +174,7 @@ def test_a_weight_that_is_not_finite_is_named(weight_format: str, bad: float) ->
         (lambda: linear(torch.randn(2, 4).half(), "int8"), "x must be float32 or bfloat16"),
         (lambda: linear(torch.randn(2, 4), "fp8", torch.ones(3).bfloat16()), "bias must be torch.float32"),
         (lambda: linear(torch.randn(2, 4), "int8", torch.ones(2)), r"bias must be float32 or bfloat16 \[3\]"),
-        (lambda: linear(torch.randn(2, 4), "fp8", None, "fast"), "path must be one of dequantise, scaled_mm"),
+        (lambda: linear(torch.randn(2, 4), "fp8", None, "fast"), "implementation must be one of dequantise, scaled_mm"),
         (lambda: linear(torch.randn(2, 4), "fp8", None, "scaled_mm"), "device must be CUDA of capability 8.9"),
     ],
 )
@@ -316,8 +324,9 @@ def test_fp8_products_match_their_dequantised_tensors(m: int, device: str) -> No
     tokens, token_scale = quantise_tokens(x, "fp8", 1)
     values = tokens.double() * token_scale[:, None].double()
     exact = F.linear(values, stored.double() * scale[:, None].double(), bias.double())
-    run = fp8.scaled_mm if device == "cpu" else partial(linear_fp8, path="scaled_mm")
-    assert relative(run(x, stored, scale, bias), exact) < 2 * relative(exact.bfloat16(), exact)
+    made = make_tokens(x, "fp8", 1, "reference")
+    run = fp8.scaled_mm if device == "cpu" else partial(linear_fp8, implementation="scaled_mm")
+    assert relative(run(made, stored, scale, bias), exact) < 2 * relative(exact.bfloat16(), exact)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -1,0 +1,14 @@
+"""Guidance with the norm of the prompt, beside a plain torch program and the copy bandwidth of the machine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from qengine.bench.ops import listed, measure
+
+
+@pytest.mark.parametrize("case", listed("guidance"))
+def test_guidance(benchmark: Any, case: str) -> None:
+    """Checked against float64, then timed."""
+    measure(benchmark, "guidance", case)

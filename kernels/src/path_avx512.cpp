@@ -1,0 +1,12 @@
+#include "vector_avx512.h"
+// After the vectors that they are written in.
+#include "change.h"
+#include "columns.h"
+#include "rows.h"
+
+namespace qengine {
+
+extern const Kernels kAvx512Kernels = {quantise_scratch, change_scratch, quantise, column_stats,
+                                        affine, scale, change};
+
+}  // namespace qengine

@@ -1,0 +1,12 @@
+#include "vector_plain.h"
+// After the vectors that they are written in.
+#include "change.h"
+#include "columns.h"
+#include "rows.h"
+
+namespace qengine {
+
+extern const Kernels kPlainKernels = {quantise_scratch, change_scratch, quantise, column_stats,
+                                        affine, scale, change};
+
+}  // namespace qengine
