@@ -12,10 +12,22 @@ from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .engine.events import Decoded, Encoded, Result, Step
+    from .engine.keep.options import Keep
     from .engine.plan import Budget, Choices, Plan
     from .engine.request import EditRequest, GenerateRequest
     from .engine.session import Engine
     from .engine.state import RunState
+    from .engine.vl import (
+        VLEmbeddingExtractor,
+        blend_adain,
+        blend_adain_per_dim,
+        blend_embeddings,
+        blend_interpolate,
+        blend_with_style_delta,
+        compute_style_delta,
+        get_outlier_dimensions,
+        mask_outlier_dimensions,
+    )
     from .errors import QEngineError
 
 _HOMES = {
@@ -31,6 +43,16 @@ _HOMES = {
     "Choices": "engine.plan",
     "Plan": "engine.plan",
     "QEngineError": "errors",
+    "Keep": "engine.keep.options",
+    "VLEmbeddingExtractor": "engine.vl",
+    "blend_adain": "engine.vl",
+    "blend_adain_per_dim": "engine.vl",
+    "blend_embeddings": "engine.vl",
+    "blend_interpolate": "engine.vl",
+    "blend_with_style_delta": "engine.vl",
+    "compute_style_delta": "engine.vl",
+    "get_outlier_dimensions": "engine.vl",
+    "mask_outlier_dimensions": "engine.vl",
 }
 
 __all__ = [
@@ -41,11 +63,21 @@ __all__ = [
     "Encoded",
     "Engine",
     "GenerateRequest",
+    "Keep",
     "Plan",
     "QEngineError",
     "Result",
     "RunState",
     "Step",
+    "VLEmbeddingExtractor",
+    "blend_adain",
+    "blend_adain_per_dim",
+    "blend_embeddings",
+    "blend_interpolate",
+    "blend_with_style_delta",
+    "compute_style_delta",
+    "get_outlier_dimensions",
+    "mask_outlier_dimensions",
 ]
 
 

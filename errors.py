@@ -3,6 +3,7 @@
     QEngineError                 exit code 1
     ├── KernelError              1   an op was called with tensors it does not take
     ├── RequestError             2   what was asked makes no sense (usage)
+    │   └── UnloadedError        2   an extractor was asked after it was unloaded (engine.vl)
     ├── InputError               3   a picture, mask or other input file is missing or bad
     ├── OutputError              3   a result cannot be written where it was asked
     ├── CheckpointError          4   a model is missing, incomplete, altered or of another kind

@@ -73,6 +73,15 @@ def write_picture(path: Path, image: Image.Image, metadata: dict[str, Any] | Non
     write(path, image, metadata)
 
 
+def write_mask(path: Path, step: Step) -> None:
+    """Write the mask of a step at the size of the picture, white where it changes."""
+    from ..engine.keep.pixels import debug_picture
+    from ..engine.metadata import write_picture as write
+
+    if step.mask is not None:
+        write(path, debug_picture(step.mask, step.size), None)
+
+
 def write_latents(path: Path, latents: torch.Tensor, metadata: dict[str, Any] | None) -> None:
     """Write latents as safetensors, whole or not at all."""
     from ..engine.metadata import write_latents as write

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from .flag import Flag
+from .steer import KEEP, SIZES, TEMPLATE
 
 DEFAULT_SEED = 0
 
@@ -306,7 +307,8 @@ TALK = (
 SEED_AND_COUNT = tuple(flag for flag in REQUEST if flag.key in ("seed", "count", "ref"))
 
 EDIT_SECTIONS = {
-    "Request": REQUEST,
+    "Request": REQUEST + TEMPLATE,
+    "Keeping": KEEP + SIZES,
     "Model": MODEL + VARIANT,
     "Device": DEVICE,
     "Memory": MEMORY + PACKED,
@@ -317,7 +319,7 @@ EDIT_SECTIONS = {
 BATCH_SECTIONS = {"Batch": RESUME, **EDIT_SECTIONS}
 COMPARE_SECTIONS = {"Comparison": COMPARE, "Words": TALK}
 GENERATE_SECTIONS = {
-    "Request": tuple(flag for flag in REQUEST if flag.key != "ref"),
+    "Request": tuple(flag for flag in REQUEST if flag.key != "ref") + TEMPLATE,
     "Model": MODEL,
     "Device": DEVICE,
     "Memory": MEMORY + PACKED,

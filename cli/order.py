@@ -13,6 +13,7 @@ from .expand import looks_like_picture
 from .memory import memory_choice
 from .options import DEFAULT_SEED, OUTPUT_TYPES
 from .outputs import Wish
+from .steer import prompt_of, steering
 
 IMAGE_SIZE_MULTIPLE = 16
 MAX_COUNT = 10_000
@@ -34,6 +35,7 @@ class Order:
         model: arguments of ``Engine.open``.
         wish: what was said about the output.
         preview: folder of step pictures, or None.
+        masks: whether the masks of the steps are written beside the result.
         metadata: whether files carry metadata.
         as_json: whether stdout gets one JSON document.
         fingerprint: the model must have it (``rerun``), or None.
@@ -47,6 +49,7 @@ class Order:
     model: Mapping[str, Any]
     wish: Wish
     preview: Path | None = None
+    masks: bool = False
     metadata: bool = True
     as_json: bool = False
     fingerprint: str | None = None
@@ -65,7 +68,8 @@ def edit_order(words: Sequence[str], values: Values) -> Order:
         raise RequestError("edit must get a picture, got none", hint='qengine edit photo.jpg "make it grayscale"')
     append = images[0].stem if values["append_original_name"] else ""
     stem = f"{images[0].stem}_edited"
-    return _order("edit", prompt, tuple(images), values, make_wish(values, stem, append, tuple(images)))
+    read = (*images, *([Path(values["mask"])] if values["mask"] else []))
+    return _order("edit", prompt, tuple(images), values, make_wish(values, stem, append, read), steering(values))
 
 
 def generate_order(words: Sequence[str], values: Values) -> Order:
@@ -75,6 +79,7 @@ def generate_order(words: Sequence[str], values: Values) -> Order:
         RequestError: flags contradict each other, or the prompt is not given.
         CheckpointError: no model is named; none that generates is inside qengine.
     """
+    values = {**values, "prompt": prompt_of(values) or values["prompt"]}
     if len(words) > 1:
         raise RequestError(f"prompt must be given once, got {len(words)} words or phrases", hint="put it in quotes")
     if words and values["prompt"] is not None:
@@ -96,7 +101,7 @@ def split_words(words: Sequence[str], values: Values) -> tuple[str, list[Path]]:
     Raises:
         RequestError: there is no prompt, or more than one.
     """
-    given = values["prompt"]
+    given = prompt_of(values) or values["prompt"]
     if given is None:
         if not words or looks_like_picture(words[-1]) or (len(words[-1]) < 256 and os.path.isfile(words[-1])):
             raise RequestError(
@@ -198,15 +203,23 @@ def request_fields(values: Values) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _order(kind: str, prompt: str, images: tuple[Path, ...], values: Values, wish: Wish) -> Order:
+def _order(
+    kind: str,
+    prompt: str,
+    images: tuple[Path, ...],
+    values: Values,
+    wish: Wish,
+    steered: Mapping[str, Any] | None = None,
+) -> Order:
     return Order(
         kind=kind,
         images=images,
-        request={"prompt": prompt, **request_fields(values)},
+        request={"prompt": prompt, **request_fields(values), **(steered or {})},
         seeds=seeds_of(values["seed"], values["count"]),
         model={**model_choice(values), **device_choice(values), **memory_choice(values)},
         wish=wish,
         preview=Path(values["preview"]) if values["preview"] else None,
+        masks=bool(values.get("rcm_debug_save")),
         metadata=not values["no_metadata"],
         as_json=values["json"],
         rate=rate_of(values),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ REQUEST_FIELDS = (
     "true_cfg_scale",
     "guidance_scale",
     "flow_shift",
+    "resize_control",
 )
 
 
@@ -38,6 +40,7 @@ def rerun_order(picture: Path, values: Mapping[str, Any], talk: Talk) -> Order:
     request = {name: record["request"][name] for name in REQUEST_FIELDS if record["request"].get(name) is not None}
     if "size" in request:
         request["size"] = tuple(request["size"])
+    request |= _kept(record["request"], picture)
     seed = values["seed"] if values["seed"] is not None else record["request"]["seed"]
     choice = model_choice(values)
     named = any(choice.get(name) for name in ("model", *SINGLE_FILES))
@@ -109,6 +112,22 @@ def _numerics(record: Mapping[str, Any], picture: Path) -> dict[str, Any]:
     if said.get("text_encoder_device") == "cpu" and record.get("device") != "cpu":
         known["text_encoder_cpu"] = True
     return known
+
+
+def _kept(request: Mapping[str, Any], picture: Path) -> dict[str, Any]:
+    """The recorded options of what is kept, their mask found by its bytes."""
+    from ..engine.keep.options import Keep
+
+    kept = request.get("keep")
+    if kept is None:
+        return {}
+    known = {field.name for field in dataclasses.fields(Keep)}
+    if not isinstance(kept, dict) or not kept.keys() <= known:
+        raise InputError(f"the record in {picture} must be whole, got one without usable options of what is kept")
+    mask = kept.get("mask")
+    if not isinstance(mask, dict):
+        return {"keep": Keep(**{**kept, "mask": None})}
+    return {"keep": Keep(**{**kept, "mask": _find(str(mask["path"]), str(mask["sha256"]), picture)})}
 
 
 def _device(record: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

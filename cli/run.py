@@ -142,6 +142,7 @@ def _watch(engine: Engine, order: Order, item: Item, talk: Talk, packing: PackMe
                 talk.display.start("denoise", event.total)
             talk.display.step(done, clock.words(done, event.total))
             _save_preview(event, order, item)
+            _save_mask(event, order, item)
             if done == event.total:
                 talk.display.end(f"{event.total} steps  {seconds_text(clock.seconds)}  {memory_words(device)}".rstrip())
                 clock = StepClock(device)
@@ -166,6 +167,14 @@ def _save_preview(event: Any, order: Order, item: Item) -> None:
     digits = len(str(event.total))
     path = Path(order.preview) / f"{item.target.stem}_step{event.index + 1:0{digits}d}.png"
     backend.write_picture(path, event.preview(), None)
+
+
+def _save_mask(event: Any, order: Order, item: Item) -> None:
+    if not order.masks or event.mask is None:
+        return
+    digits = max(2, len(str(event.total)))
+    path = item.target.paths[0].with_name(f"{item.target.stem}_rcm_mask_{event.index:0{digits}d}.png")
+    backend.write_mask(path, event)
 
 
 def _record(metadata: dict[str, Any], order: Order) -> dict[str, Any]:

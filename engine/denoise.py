@@ -17,6 +17,7 @@ from .dit import Branch, ModulationTable, QwenImageTransformer
 from .events import Step
 from .guard import Finite
 from .job import Geometry, Job
+from .keep.keeper import Keeper
 from .latents import initial_noise, pack, unpack
 from .picture import resize, to_tensor
 from .schedule import Schedule, make_schedule
@@ -60,6 +61,7 @@ class Denoiser:
         seen: what the VAE gave.
         branches: prompt, and negative prompt where guidance is on.
         table: modulation rows of every step.
+        keeper: what is kept of the first picture, or None.
         check: raises to stop the run.
     """
 
@@ -70,6 +72,7 @@ class Denoiser:
     seen: Seen
     branches: tuple[Branch, ...]
     table: ModulationTable
+    keeper: Keeper | None
     check: Callable[[], None]
 
     @classmethod
@@ -106,6 +109,7 @@ class Denoiser:
             seen=seen,
             branches=tuple(transformer.branch(prompt, grids) for prompt in prompts),
             table=transformer.table(timesteps),
+            keeper=_keeper(job, seen, schedule, components),
             check=check,
         )
 
@@ -176,7 +180,10 @@ class Denoiser:
         )
         velocity = _guide([v.float() for v in velocities], self.job.true_cfg_scale, kernels)
         finite = Finite(velocity)
-        latents = self.schedule.step(index, state.latent_tokens, velocity)
+        latents, mask = state.latent_tokens, None
+        if self.keeper is not None:
+            latents, mask = self.keeper.before_step(index, latents, velocity)
+        latents = self.schedule.step(index, latents, velocity)
         sigma, sigma_next = (float(s) for s in self.schedule.sigmas[index : index + 2])
         step = Step(
             index=index,
@@ -187,6 +194,7 @@ class Denoiser:
             predicted=unpack(state.latent_tokens - sigma * velocity, *state.grid),
             projection=self.seen.projection,
             size=(self.job.target.width, self.job.target.height),
+            mask=mask,
         )
         return step, finite
 
@@ -195,6 +203,22 @@ def _guide(velocities: Sequence[torch.Tensor], scale: float, kernels: Mapping[st
     if len(velocities) == 1:
         return velocities[0]
     return combine(velocities[0], velocities[1], scale, implementation=kernels["guidance"])
+
+
+def _keeper(job: Job, seen: Seen, schedule: Schedule, components: Components) -> Keeper | None:
+    if job.keep.rule is None or seen.references is None:
+        return None
+    rows, columns = job.references[0].grid
+    return Keeper.of(
+        job.keep,
+        mask_image=None if job.mask is None else job.mask.image,
+        control=seen.references[:, : rows * columns],
+        noise=initial_noise(job.seed, seen.channels, *job.target.grid).to(components.device),
+        target=job.target,
+        sigmas=schedule.sigmas.tolist(),
+        original=resize(job.pictures[0].image, job.target.width, job.target.height),
+        implementation=components.planned.kernels.get("rcm", "reference"),
+    )
 
 
 def _changed(safe: Mapping[str, str], kernels: Mapping[str, str]) -> str:

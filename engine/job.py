@@ -10,8 +10,11 @@ from typing import Any
 
 from ..errors import InputError, RequestError
 from .defaults import Defaults
-from .picture import Picture, calculate_dimensions, load_picture
+from .keep.mask import resolve_mask
+from .keep.options import Keep
+from .picture import Picture, load_picture
 from .request import EditRequest, GenerateRequest
+from .sizes import condition_size, reference_size, target_size
 
 MAX_ASPECT_RATIO = 32
 
@@ -59,6 +62,9 @@ class Job:
         true_cfg_scale: guidance scale; 1 for one branch.
         seed: seed of the noise.
         flow_shift: static shift or None.
+        resize_control: at which size the VAE sees the pictures, where that was asked.
+        keep: what of the first picture is kept.
+        mask: its mask at the size of the output, mode L, or None.
         notes: decisions worth telling, one sentence each.
     """
 
@@ -74,11 +80,14 @@ class Job:
     true_cfg_scale: float
     seed: int
     flow_shift: float | None
+    resize_control: str | None
+    keep: Keep
+    mask: Picture | None
     notes: tuple[str, ...]
 
     def record(self) -> dict[str, Any]:
         """The resolved request as JSON values; a request made from it gives the same job."""
-        return {
+        plain = {
             "prompt": self.prompt,
             "negative_prompt": self.negative_prompt,
             "size": [self.target.width, self.target.height],
@@ -87,6 +96,12 @@ class Job:
             "seed": self.seed,
             "flow_shift": self.flow_shift,
         }
+        sized = {} if self.resize_control is None else {"resize_control": self.resize_control}
+        return plain | sized | ({} if self.keep.rule is None else {"keep": self._kept()})
+
+    def _kept(self) -> dict[str, Any]:
+        mask = {} if self.mask is None else {"mask": {"path": self.mask.label, "sha256": self.mask.sha256}}
+        return self.keep.record() | mask
 
     def key(self, surroundings: Mapping[str, str]) -> str:
         """Identity of the run: the resolved request, the pictures and the surroundings given."""
@@ -117,19 +132,33 @@ def resolve(request: GenerateRequest, defaults: Defaults, multiple: int) -> Job:
     if scale == 1 and request.negative_prompt is not None:
         notes.append("the negative prompt is not used: true_cfg_scale is 1")
     target = _target(request, pictures, defaults, multiple, notes)
+    how = request.resize_control if isinstance(request, EditRequest) else None
+    whole = target.width, target.height
+    references = tuple(Geometry(*reference_size(p.image.size, whole, how, defaults), multiple) for p in pictures)
+    keep = request.keep if isinstance(request, EditRequest) else Keep()
+    mask = resolve_mask(
+        keep,
+        picture_size=pictures[0].image.size if pictures else None,
+        target=target,
+        reference=references[0] if references else None,
+    )
+    notes.extend(mask.notes if mask is not None else ())
     return Job(
         kind="edit" if pictures else "generate",
         prompt=request.prompt,
         negative_prompt=negative if scale > 1 else None,
         pictures=pictures,
         target=target,
-        references=tuple(_reference(picture, target, defaults, multiple) for picture in pictures),
-        conditions=tuple(_area_size(picture, defaults.condition_area_pixels) for picture in pictures),
+        references=references,
+        conditions=tuple(condition_size(picture.image.size, defaults) for picture in pictures),
         template=defaults.template,
         num_inference_steps=request.num_inference_steps or defaults.num_inference_steps,
         true_cfg_scale=scale,
         seed=request.seed,
         flow_shift=request.flow_shift,
+        resize_control=how,
+        keep=keep,
+        mask=mask,
         notes=tuple(notes),
     )
 
@@ -183,24 +212,11 @@ def _target(
                 f"{target.width}x{target.height} is made as {wide}x{high} (multiples of {multiple}) and cropped"
             )
         return target
+    width, height = target_size(None, [picture.image.size for picture in pictures], defaults)
     if not pictures:
-        side = round(defaults.area_pixels**0.5)
-        return Geometry(side, side, multiple)
+        return Geometry(width, height, multiple)
     lead = pictures[-1 if defaults.size_from_last else 0]
-    width, height = _area_size(lead, defaults.area_pixels)
     if (width, height) != lead.image.size:
         was = "x".join(map(str, lead.image.size))
         notes.append(f"output is {width}x{height}: {lead.label} is {was} and this model works at about that area")
-    return Geometry(width, height, multiple)
-
-
-def _area_size(picture: Picture, area: int) -> tuple[int, int]:
-    width, height = picture.image.size
-    return calculate_dimensions(area, width / height)
-
-
-def _reference(picture: Picture, target: Geometry, defaults: Defaults, multiple: int) -> Geometry:
-    if defaults.reference_area_pixels is None:
-        return target
-    width, height = _area_size(picture, defaults.reference_area_pixels)
     return Geometry(width, height, multiple)

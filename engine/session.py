@@ -21,6 +21,7 @@ from .defaults import DEFAULTS, Defaults
 from .denoise import Denoiser, Seen
 from .events import Decoded, Encoded, Result, Step
 from .job import Job, resolve
+from .keep.keeper import Keeper
 from .ladder import Ladder, Turn, what_would_fit
 from .latents import unpack
 from .measure import facts_for
@@ -178,7 +179,7 @@ class Engine:
                     ladder.tell(*step.notes)
                     state = step.state
                     yield step
-                yield climb("decode", lambda: self._decode(job, plan, state, ladder))
+                yield climb("decode", lambda: self._decode(job, plan, state, ladder, denoiser.keeper))
             finally:
                 self._components.rest()
 
@@ -261,12 +262,14 @@ class Engine:
         key = self._key(job)
         return climb("denoise", lambda: Denoiser.prepare(job, conditioning, seen, self._components, key, self._check))
 
-    def _decode(self, job: Job, plan: Plan, state: RunState, ladder: Ladder) -> Decoded:
+    def _decode(self, job: Job, plan: Plan, state: RunState, ladder: Ladder, keeper: Keeper | None) -> Decoded:
         self._check()
         self._components.enter("decode")
-        latents = unpack(state.latent_tokens, *state.grid)
+        tokens, mask = (state.latent_tokens, None) if keeper is None else keeper.finish(state.latent_tokens)
+        latents = unpack(tokens, *state.grid)
         pixels = self._components.vae.decode(latents.to(self.device, self.dtype))
         image = to_picture(pixels[..., : job.target.height, : job.target.width].float().cpu())
+        image = image if keeper is None else keeper.composite(image, mask)
         record = describe(job, self.source, plan, self.dtype)
         return Decoded(image, latents.cpu(), record, tuple(ladder.notes))
 

@@ -26,6 +26,7 @@ HUB_IDS: Mapping[str, str] = MappingProxyType(
     }
 )
 ZIMAGE = ("z-image", "z-image-turbo")
+ZIMAGE_CLASSES = ("ZImagePipeline", "ZImageImg2ImgPipeline")
 VERSIONS: Mapping[str, str] = MappingProxyType(
     {
         "original": "qwen-image",
@@ -41,8 +42,7 @@ _CLASSES = MappingProxyType(
         "QwenImagePipeline": ("qwen-image",),
         "QwenImageEditPipeline": ("qwen-image-edit",),
         "QwenImageEditPlusPipeline": ("qwen-image-edit-2509", "qwen-image-edit-2511"),
-        "ZImagePipeline": ZIMAGE,
-        "ZImageImg2ImgPipeline": ZIMAGE,
+        **dict.fromkeys(ZIMAGE_CLASSES, ZIMAGE),
     }
 )
 _PLUS_2509, _PLUS_2511 = "qwen-image-edit-2509", "qwen-image-edit-2511"

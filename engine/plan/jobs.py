@@ -38,6 +38,7 @@ class JobFacts:
         steps: denoising steps.
         pixels_multiple: pixels per token side.
         dtype: compute dtype, ``auto``, ``float32`` or ``bfloat16``.
+        rcm: the region of change is found while the run goes on.
         words: the request as it is typed, for the line to paste.
         notes: what was assumed.
     """
@@ -52,6 +53,7 @@ class JobFacts:
     steps: int
     pixels_multiple: int = 16
     dtype: str = "auto"
+    rcm: bool = False
     words: str = ""
     notes: tuple[str, ...] = ()
 
@@ -102,6 +104,7 @@ class JobFacts:
             steps=job.num_inference_steps,
             pixels_multiple=job.target.multiple,
             dtype=dtype,
+            rcm=job.keep.rule == "rcm",
             words=words,
         )
 

@@ -73,7 +73,9 @@ def machine_of(device: DeviceFacts, kind: str, plain: str) -> Machine:
     )
 
 
-def uses(device: DeviceFacts, formats: Formats, *, branches: int, encoder_on_cpu: bool) -> tuple[Use, ...]:
+def uses(
+    device: DeviceFacts, formats: Formats, *, branches: int, encoder_on_cpu: bool, rcm: bool = False
+) -> tuple[Use, ...]:
     """The ops of a run that have more than one implementation.
 
     Args:
@@ -81,11 +83,14 @@ def uses(device: DeviceFacts, formats: Formats, *, branches: int, encoder_on_cpu
         formats: an op is used where its weight format is.
         branches: forward passes per step; one has no guidance.
         encoder_on_cpu: the text encoder runs on the host.
+        rcm: the region of change is found on the way.
     """
     kind, encoder = device.kind, "cpu" if encoder_on_cpu else device.kind
     found = [Use(f"transformer.{op}", op, kind) for op in ("attention", "modulate", "rope")]
     if branches > 1:
         found.append(Use("guidance", "guidance", kind))
+    if rcm:
+        found.append(Use("rcm", "rcm", kind))
     linear = (("transformer", formats.transformer, kind), ("text_encoder", formats.encoder, encoder))
     for component, weight_format, where in linear:
         if weight_format in QUANTISED:
@@ -98,13 +103,13 @@ def uses(device: DeviceFacts, formats: Formats, *, branches: int, encoder_on_cpu
     return tuple(found)
 
 
-def pick(device: DeviceFacts, formats: Formats, choices: Choices, *, branches: int) -> Picked:
+def pick(device: DeviceFacts, formats: Formats, choices: Choices, *, branches: int, rcm: bool = False) -> Picked:
     """The implementation of every op.
 
     Raises:
         RequestError: a pin names no op of this run, or what is pinned cannot run here; with the reason of each.
     """
-    used = uses(device, formats, branches=branches, encoder_on_cpu=choices.text_encoder_cpu)
+    used = uses(device, formats, branches=branches, encoder_on_cpu=choices.text_encoder_cpu, rcm=rcm)
     _check_pins(used, choices)
     names, passed = {}, {}
     for use in used:

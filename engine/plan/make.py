@@ -112,7 +112,7 @@ def make_plan(model: ModelFacts, job: JobFacts, budget: Budget, device: DeviceFa
     notes = list(job.notes)
     formats = pick_formats(device, job, choices)
     ceilings = _ceilings(budget, device, notes)
-    picked = pick(device, formats, choices, branches=job.branches)
+    picked = pick(device, formats, choices, branches=job.branches, rcm=job.rcm)
     made = needs(model, job, device, formats, choices)
     command = _command(model, job, ceilings, formats, choices)
     phases = _place_all(made, device, ceilings, choices, lambda room: _command(model, job, room, formats, choices))

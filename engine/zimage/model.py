@@ -11,11 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from ...errors import RequestError
 from ...loaders import Component
@@ -26,7 +24,8 @@ from ..stack.pack import Progress
 from ..template import Template
 from .block import ZImageBlock
 from .captions import CaptionRefiner
-from .config import PATCH, ZImageConfig, padded
+from .config import ZImageConfig, padded
+from .ends import Ends
 from .modulation import AdaptiveRows, BlockRows, RowTable
 from .rope import caption_rotations, image_rotations
 
@@ -46,30 +45,6 @@ class Context:
     caption: torch.Tensor
     rotations: torch.Tensor
     tokens: int
-
-
-class _Output(nn.Module):
-    def __init__(self, config: ZImageConfig) -> None:
-        super().__init__()
-        self.linear = nn.Linear(config.dim, config.patch_channels)
-
-
-class _Ends(nn.Module):
-    """What stands before and after the blocks."""
-
-    def __init__(self, config: ZImageConfig) -> None:
-        super().__init__()
-        self.all_x_embedder = nn.ModuleDict({"2-1": nn.Linear(config.patch_channels, config.dim)})
-        self.all_final_layer = nn.ModuleDict({"2-1": _Output(config)})
-        self.x_pad_token = nn.Parameter(torch.empty(1, config.dim))
-
-    @property
-    def embed(self) -> nn.Linear:
-        return cast(nn.Linear, self.all_x_embedder["2-1"])
-
-    @property
-    def project(self) -> nn.Linear:
-        return cast(_Output, self.all_final_layer["2-1"]).linear
 
 
 class _Layers(BlockStack[ZImageBlock]):
@@ -101,7 +76,7 @@ class ZImageTransformer:
         config: ZImageConfig,
         template: Template[ZImageBlock],
         blocks: Tape,
-        ends: _Ends,
+        ends: Ends,
         rows: AdaptiveRows,
         captions: CaptionRefiner,
         kernels: Kernels = DEFINITIONS,
@@ -165,10 +140,10 @@ class ZImageTransformer:
         stack = cls.stack(component, hold.weight_format, dtype, hold.kernels)
         blocks = open_tape(stack, hold, device, cache, progress)
         with torch.device("meta"):
-            ends = _Ends(config)
+            ends = Ends(config)
         ends = ends.to(dtype).to_empty(device="cpu").requires_grad_(False)
         checkpoint.read_into(list(ends.named_parameters()))
-        _reorder(ends, config.in_channels)
+        ends.reorder(config.in_channels)
         rows = AdaptiveRows(checkpoint, config, device)
         kernels = Kernels.of(hold.kernels)
         captions = CaptionRefiner(checkpoint, config, device, dtype, kernels)
@@ -294,14 +269,3 @@ class _Run:
             block(state, rows, context.rotations, keep, self._kernels)
             for state, context in zip(self.states, self._contexts, strict=True)
         ]
-
-
-def _reorder(ends: _Ends, channels: int) -> None:
-    """Bring the patch's channels from (row, column, channel) to the order of packed latents (channel, row, column)."""
-    embed, project = ends.embed, ends.project
-    dim = embed.weight.shape[0]
-    by_channel = embed.weight.view(dim, PATCH, PATCH, channels).permute(0, 3, 1, 2)
-    embed.weight.copy_(by_channel.reshape(dim, -1).clone())
-    for parameter in (project.weight, project.bias):
-        rows = parameter.view(PATCH, PATCH, channels, -1).permute(2, 0, 1, 3)
-        parameter.copy_(rows.reshape(parameter.shape).clone())

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from ...errors import CheckpointError
 from ..checkpoint import Checkpoint
@@ -12,7 +15,28 @@ from ..header import TensorInfo
 from ..names import text_encoder_name, zimage_renamer
 from . import detect, shapes
 
+SCHEDULER_DEFAULTS: Mapping[str, Any] = MappingProxyType(
+    {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": 1000,
+        "shift": 3.0,
+        "use_dynamic_shifting": False,
+    }
+)
+"""The schedule published with Z-Image-Turbo."""
+
 _FUSED = ".attention.qkv.weight"
+_ONLY_HERE = ("cap_embedder.0.weight", "noise_refiner.0.attention_norm1.weight")
+
+
+def is_zimage(place: Path) -> bool:
+    """Whether a transformer's file or folder holds Z-Image, by the names in its header or index.
+
+    Raises:
+        CheckpointError: it is missing, or no safetensors file.
+    """
+    names = _stored_names(component_files(place, "transformer"))
+    return all(any(name.endswith(only) for name in names) for only in _ONLY_HERE)
 
 
 def open_transformer(place: Path) -> Component:

@@ -228,6 +228,14 @@ def test_the_short_names_stand_for_the_published_models() -> None:
     assert {"z-image", "z-image-turbo"} <= set(known_names())
 
 
+def test_z_image_is_told_by_its_names(tmp_path: Path) -> None:
+    assert zimage.is_zimage(shared_zimage() / "transformer")
+    tensors = load_file(shared_zimage() / "transformer" / WEIGHTS)
+    save_file(as_single_file(tensors), tmp_path / "single.safetensors")
+    assert zimage.is_zimage(tmp_path / "single.safetensors")
+    assert not zimage.is_zimage(shared_zimage() / "text_encoder")
+
+
 def test_facts_of_the_transformer_are_its_config() -> None:
     component = zimage.open_transformer(shared_zimage() / "transformer")
     facts = detect.transformer_facts(component.checkpoint)
