@@ -117,9 +117,9 @@ def open_source(**choice: Any) -> ModelSource:
 
 def defaults_of(source: ModelSource) -> Defaults:
     """What a model does when it is not told otherwise."""
-    from ..engine.defaults import DEFAULTS
+    from ..engine.defaults import defaults_of as known
 
-    return DEFAULTS[source.defaults]
+    return known(source.defaults)
 
 
 def pack(

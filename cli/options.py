@@ -21,7 +21,7 @@ OUTPUT_TYPES = {
     "latent_images": "both",
 }
 DTYPES = ("auto", "float32", "bfloat16", "fp32", "bf16")
-MODEL_VERSIONS = ("original", "edit", "edit-2509", "edit-2511")
+MODEL_VERSIONS = ("original", "edit", "edit-2509", "edit-2511", "z-image", "z-image-turbo")
 
 REQUEST = (
     Flag(

@@ -30,6 +30,7 @@ def carry_out(words: Sequence[str], values: Mapping[str, Any], talk: Talk) -> in
     """
     components, output = _checked(values)
     source = backend.open_source(**model_choice({**values, "model": _model(words, values)}))
+    backend.defaults_of(source)
     for note in source.notes:
         talk.warn(note)
     files = []

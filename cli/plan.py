@@ -35,6 +35,7 @@ def show(words: Sequence[str], values: Mapping[str, Any]) -> int:
 
     budget, choices = budget_of(values), choices_of(values)
     source = backend.open_source(**model_choice({**values, "model": _model(words, values)}))
+    backend.defaults_of(source)
     facts = ModelFacts.of(source)
     job = _job(source, facts.multiple, values)
     device, said = device_facts(values, budget, lambda place: backend.facts_for(place, facts, job, choices))

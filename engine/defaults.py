@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..errors import CheckpointError
+
 
 @dataclass(frozen=True)
 class Defaults:
@@ -48,3 +50,17 @@ DEFAULTS: dict[str, Defaults] = {
     "qwen-image-edit-2511": Defaults(8, 4.0, " ", 1024 * 1024, "edit-plus"),
     "tiny": Defaults(8, 1.0, " ", 256 * 256, "edit-plus", reference_area_pixels=None),
 }
+
+
+def defaults_of(name: str) -> Defaults:
+    """The defaults of a model.
+
+    Raises:
+        CheckpointError: the engine does not run this model.
+    """
+    if name not in DEFAULTS:
+        known = ", ".join(each for each in DEFAULTS if each != "tiny")
+        raise CheckpointError(
+            f"model must be one that this engine runs ({known}), got {name}", hint="qengine pull qwen-image-edit-2511"
+        )
+    return DEFAULTS[name]

@@ -17,7 +17,7 @@ from ..loaders import ModelSource, open_model
 from .ceiling import Ceiling, make_ceiling
 from .components import Components, pick_device, pick_dtype
 from .conditioning import Conditioning
-from .defaults import DEFAULTS, Defaults
+from .defaults import Defaults, defaults_of
 from .denoise import Denoiser, Seen
 from .events import Decoded, Encoded, Result, Step
 from .job import Job, resolve
@@ -91,12 +91,13 @@ class Engine:
             files: ``dit``, ``vae``, ``text_encoder`` (all three) and ``tokenizer`` for single files, ``model_version``.
 
         Raises:
-            CheckpointError: the model is missing, incomplete or of an unknown kind.
+            CheckpointError: the model is missing, incomplete or of a kind that the engine does not run.
             DeviceError: the device is not there.
             RequestError: options contradict each other.
         """
         place = pick_device(device)
         source = open_model(model if model is None else fspath(model), offline=offline, **files)
+        defaults_of(source.defaults)
         where, file = (None if path is None else Path(path) for path in (cache_dir, packed))
         components = Components(source, place, pick_dtype(dtype, place), where, file, progress)
         return cls(source, components, budget or Budget(), choices or Choices())
@@ -120,7 +121,7 @@ class Engine:
     @property
     def defaults(self) -> Defaults:
         """What the model does when a request leaves a field open."""
-        return DEFAULTS[self.source.defaults]
+        return defaults_of(self.source.defaults)
 
     def plan(self, request: GenerateRequest) -> Plan:
         """How a request would be carried out now: formats, placement, predicted peaks; nothing is loaded.

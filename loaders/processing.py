@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import CheckpointError
 from .document import read_json
 from .hub import cached_snapshot
-from .variant import HUB_IDS
+from .variant import HUB_IDS, ZIMAGE
 
 # Defaults of Qwen2-VL's image processor as published with Qwen2.5-VL-7B-Instruct.
 PROCESSOR_DEFAULTS: Mapping[str, Any] = MappingProxyType(
@@ -53,7 +53,10 @@ _PROCESSOR_PLACES = (
     "processor/processor_config.json",
     "image_processor/preprocessor_config.json",
 )
-_TOKENIZER_REPOS = (*HUB_IDS.values(), "Qwen/Qwen2.5-VL-7B-Instruct")
+_TOKENIZER_REPOS = (
+    *(hub_id for name, hub_id in HUB_IDS.items() if name not in ZIMAGE),
+    "Qwen/Qwen2.5-VL-7B-Instruct",
+)
 
 
 def processor_config(folder: Path | None) -> dict[str, Any]:

@@ -13,14 +13,23 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, RequestError
-from . import component
+from . import component, zimage
 from .checkpoint import Checkpoint
 from .component import Component
 from .document import read_json
 from .hub import locate, looks_like_hub_id
 from .names import ZERO_COND_MARKER
 from .processing import SCHEDULER_DEFAULTS, find_tokenizer, processor_config, require_tokenizer
-from .variant import Variant, folder_variant, known_names, resolve_known, single_variant
+from .variant import (
+    ZIMAGE,
+    ZIMAGE_CLASSES,
+    Variant,
+    folder_variant,
+    known_names,
+    resolve_known,
+    single_variant,
+    zimage_variant,
+)
 
 TINY = Path(__file__).resolve().parent / "tiny"
 _VOLATILE = frozenset(
@@ -119,7 +128,8 @@ def _open_folder(folder: Path, label: str, model_version: str | None, hub_id: st
             hint="give single files with --dit, --vae and --text-encoder",
         )
     document = read_json(index)
-    transformer = component.open_transformer(folder / "transformer")
+    room = zimage if document.get("_class_name") in ZIMAGE_CLASSES else component
+    transformer = room.open_transformer(folder / "transformer")
     marked = _marked(transformer.checkpoint)
     names = (folder.name, label, hub_id, str(document.get("_name_or_path", "")))
     variant = folder_variant(document, transformer.config, marked=marked, names=names, model_version=model_version)
@@ -129,9 +139,9 @@ def _open_folder(folder: Path, label: str, model_version: str | None, hub_id: st
         label=label,
         variant=variant,
         defaults=str(document.get("_qengine_defaults", variant.name)),
-        parts=(transformer, component.open_vae(folder / "vae"), component.open_text_encoder(folder / "text_encoder")),
+        parts=(transformer, room.open_vae(folder / "vae"), room.open_text_encoder(folder / "text_encoder")),
         tokenizer_dir=tokenizer_dir,
-        processor=processor_config(folder),
+        processor={} if room is zimage else processor_config(folder),
         scheduler=read_json(scheduler),
     )
 
@@ -150,23 +160,26 @@ def _open_files(
     if model is not None:
         raise RequestError(f"the model must be given as --model or as single files, got both (--model {model})")
     paths = {name: path.expanduser() for name, path in given.items()}
-    transformer = component.open_transformer(paths["dit"])
-    variant = single_variant(
-        transformer.config,
-        marked=_marked(transformer.checkpoint),
-        file_name=paths["dit"].name,
-        model_version=model_version,
-    )
+    room = zimage if zimage.is_zimage(paths["dit"]) else component
+    transformer = room.open_transformer(paths["dit"])
+    variant = _single_variant(transformer, paths["dit"].name, model_version, room is zimage)
     tokenizer_dir, note = find_tokenizer(tokenizer, paths["text_encoder"])
     return _assemble(
         label=str(given["dit"]),
         variant=Variant(variant.name, variant.zero_cond_t, (*variant.notes, *note)),
         defaults=variant.name,
-        parts=(transformer, component.open_vae(paths["vae"]), component.open_text_encoder(paths["text_encoder"])),
+        parts=(transformer, room.open_vae(paths["vae"]), room.open_text_encoder(paths["text_encoder"])),
         tokenizer_dir=tokenizer_dir,
-        processor=processor_config(None),
-        scheduler=SCHEDULER_DEFAULTS,
+        processor={} if room is zimage else processor_config(None),
+        scheduler=zimage.SCHEDULER_DEFAULTS if room is zimage else SCHEDULER_DEFAULTS,
     )
+
+
+def _single_variant(transformer: Component, file_name: str, model_version: str | None, is_zimage: bool) -> Variant:
+    if is_zimage:
+        return zimage_variant((file_name,), model_version)
+    marked = _marked(transformer.checkpoint)
+    return single_variant(transformer.config, marked=marked, file_name=file_name, model_version=model_version)
 
 
 def _assemble(
@@ -180,9 +193,12 @@ def _assemble(
     scheduler: Mapping[str, Any],
 ) -> ModelSource:
     transformer, vae, text_encoder = parts
-    config = {**transformer.config, "zero_cond_t": variant.zero_cond_t}
-    transformer = Component(transformer.name, config, transformer.checkpoint)
-    component.check_widths(transformer, vae, text_encoder)
+    if variant.name in ZIMAGE:
+        zimage.check_widths(transformer, vae, text_encoder)
+    else:
+        config = {**transformer.config, "zero_cond_t": variant.zero_cond_t}
+        transformer = Component(transformer.name, config, transformer.checkpoint)
+        component.check_widths(transformer, vae, text_encoder)
     digest = hashlib.sha256(b"qengine model 1\n" + variant.name.encode())
     for part in (transformer, vae, text_encoder):
         digest.update(part.checkpoint.fingerprint.encode())

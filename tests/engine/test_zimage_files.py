@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from qengine import Engine
+from qengine.cli import main
 from qengine.engine.latents import pack
 from qengine.engine.zimage import ZImageTransformer
 from qengine.errors import CheckpointError, RequestError
@@ -240,3 +242,12 @@ def test_facts_of_the_transformer_are_its_config() -> None:
     component = zimage.open_transformer(shared_zimage() / "transformer")
     facts = detect.transformer_facts(component.checkpoint)
     assert facts == {key: component.config[key] for key in facts} and len(facts) == 6
+
+
+def test_the_engine_says_that_it_does_not_run_the_model_yet(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(shared_zimage())
+    with pytest.raises(CheckpointError, match="one that this engine runs .*, got z-image"):
+        Engine.open(folder)
+    for words in (["plan", folder, "--size", "64x64"], ["pack", folder, "--weights", "int8"], ["info", folder]):
+        assert main(words) == 4
+        assert "one that this engine runs" in capsys.readouterr().err
