@@ -121,6 +121,27 @@ def _tiny(results: Path) -> str:
     return "\n".join(rows)
 
 
+def _references(results: Path) -> str:
+    """How far from the input each reference method leads at each strength, and what masks keep."""
+    lines = [json.loads(line) for line in (results / "references.json").read_text(encoding="utf-8").splitlines()]
+    found = {line["case"]: line for line in lines}
+    strengths = list(dict.fromkeys(case.partition(" ")[2] for case in found if case.startswith("default ")))
+    rows = ["| method | " + " | ".join(f"strength {s}" for s in strengths) + " |", "|---" * (len(strengths) + 1) + "|"]
+    for method in dict.fromkeys(case.partition(" ")[0] for case in found if case.partition(" ")[2] in strengths):
+        rows.append(f"| {method} | " + " | ".join(_drift(found[f"{method} {s}"]) for s in strengths) + " |")
+    for case, line in found.items():
+        if case.partition(" ")[2] not in strengths:
+            kept = (
+                f"{_drift(line)}; {line['equal_share']:.0%} of the pixels equal" if line["equal_share"] > 0.01 else ""
+            )
+            rows.append(f"| {case} | {kept or _drift(line)}" + " |" * len(strengths))
+    return "\n".join(rows)
+
+
+def _drift(line: Mapping[str, Any]) -> str:
+    return f"{line['psnr_db']:.1f} dB, ΔE {line['delta_e']:.1f}, shift {line['shift_pixels']:.1f}"
+
+
 def _fidelity(results: Path) -> str:
     """What weight formats cost in accuracy."""
     lines = (results / "fidelity.jsonl").read_text(encoding="utf-8").splitlines()
@@ -157,7 +178,13 @@ def fidelity_table(lines: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-TABLES: dict[str, Callable[[Path], str]] = {"speed": _speed, "vae": _vae, "tiny": _tiny, "fidelity": _fidelity}
+TABLES: dict[str, Callable[[Path], str]] = {
+    "speed": _speed,
+    "vae": _vae,
+    "tiny": _tiny,
+    "fidelity": _fidelity,
+    "references": _references,
+}
 
 
 def render(text: str, results: Path = RESULTS) -> str:

@@ -150,10 +150,11 @@ def _talk(values: dict[str, Any]) -> Talk:
 
 
 def _edit(words: tuple[str, ...], **values: Any) -> int:
+    from . import chain, run
     from .order import edit_order
-    from .run import carry_out
 
-    return carry_out(edit_order(words, values), _talk(values))
+    order = edit_order(words, values)
+    return (chain if order.stages or order.then else run).carry_out(order, _talk(values))
 
 
 def _generate(words: tuple[str, ...], **values: Any) -> int:

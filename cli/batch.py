@@ -174,6 +174,8 @@ class Batch:
             )
         merged = {**self._values, **given, "output": None, "save_path": None}
         order = edit_order([], merged) if merged["ref"] else generate_order([], merged)
+        if order.stages or order.then:
+            raise RequestError("a job must be one edit, got --stage or --then", hint="qengine edit takes them")
         check_files(order.images)
         for path in order.images:
             backend.check_picture(path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from .flag import Flag
-from .steer import KEEP, SIZES, TEMPLATE
+from .steer import CHAIN, KEEP, REFERENCE, SIZES, TEMPLATE
 
 DEFAULT_SEED = 0
 
@@ -308,6 +308,7 @@ SEED_AND_COUNT = tuple(flag for flag in REQUEST if flag.key in ("seed", "count",
 
 EDIT_SECTIONS = {
     "Request": REQUEST + TEMPLATE,
+    "References": REFERENCE + CHAIN,
     "Keeping": KEEP + SIZES,
     "Model": MODEL + VARIANT,
     "Device": DEVICE,

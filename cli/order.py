@@ -36,6 +36,9 @@ class Order:
         wish: what was said about the output.
         preview: folder of step pictures, or None.
         masks: whether the masks of the steps are written beside the result.
+        stages: of one edit, each a method and its strength.
+        then: prompts that go on from the result.
+        keep_original: every stage sees the first picture too.
         metadata: whether files carry metadata.
         as_json: whether stdout gets one JSON document.
         fingerprint: the model must have it (``rerun``), or None.
@@ -50,6 +53,9 @@ class Order:
     wish: Wish
     preview: Path | None = None
     masks: bool = False
+    stages: tuple[str, ...] = ()
+    then: tuple[str, ...] = ()
+    keep_original: bool = False
     metadata: bool = True
     as_json: bool = False
     fingerprint: str | None = None
@@ -68,7 +74,8 @@ def edit_order(words: Sequence[str], values: Values) -> Order:
         raise RequestError("edit must get a picture, got none", hint='qengine edit photo.jpg "make it grayscale"')
     append = images[0].stem if values["append_original_name"] else ""
     stem = f"{images[0].stem}_edited"
-    read = (*images, *([Path(values["mask"])] if values["mask"] else []))
+    masks = [name for name in (values["mask"], *values["reference_mask"]) if name]
+    read = (*images, *map(Path, masks))
     return _order("edit", prompt, tuple(images), values, make_wish(values, stem, append, read), steering(values))
 
 
@@ -220,6 +227,9 @@ def _order(
         wish=wish,
         preview=Path(values["preview"]) if values["preview"] else None,
         masks=bool(values.get("rcm_debug_save")),
+        stages=tuple(values.get("stage") or ()),
+        then=tuple(values.get("then") or ()),
+        keep_original=bool(values.get("keep_original")),
         metadata=not values["no_metadata"],
         as_json=values["json"],
         rate=rate_of(values),

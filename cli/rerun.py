@@ -24,6 +24,7 @@ REQUEST_FIELDS = (
     "guidance_scale",
     "flow_shift",
     "resize_control",
+    "denoise",
 )
 
 
@@ -40,7 +41,7 @@ def rerun_order(picture: Path, values: Mapping[str, Any], talk: Talk) -> Order:
     request = {name: record["request"][name] for name in REQUEST_FIELDS if record["request"].get(name) is not None}
     if "size" in request:
         request["size"] = tuple(request["size"])
-    request |= _kept(record["request"], picture)
+    request |= _kept(record["request"], picture) | _referred(record["request"], picture)
     seed = values["seed"] if values["seed"] is not None else record["request"]["seed"]
     choice = model_choice(values)
     named = any(choice.get(name) for name in ("model", *SINGLE_FILES))
@@ -128,6 +129,29 @@ def _kept(request: Mapping[str, Any], picture: Path) -> dict[str, Any]:
     if not isinstance(mask, dict):
         return {"keep": Keep(**{**kept, "mask": None})}
     return {"keep": Keep(**{**kept, "mask": _find(str(mask["path"]), str(mask["sha256"]), picture)})}
+
+
+def _referred(request: Mapping[str, Any], picture: Path) -> dict[str, Any]:
+    """The recorded options of the references, their masks found by their bytes."""
+    from ..engine.reference.options import Reference
+
+    said = request.get("reference")
+    if said is None:
+        return {}
+    known = {field.name for field in dataclasses.fields(Reference)}
+    if not isinstance(said, dict) or not said.keys() <= known:
+        raise InputError(f"the record in {picture} must be whole, got one without usable options of its references")
+    strength = said.get("strength", 1.0)
+    masks = tuple(_mask_file(mask, picture) for mask in said.get("masks", ()))
+    return {
+        "reference": Reference(
+            **{**said, "strength": tuple(strength) if isinstance(strength, list) else strength, "masks": masks}
+        )
+    }
+
+
+def _mask_file(mask: Any, picture: Path) -> Path | None:
+    return _find(str(mask["path"]), str(mask["sha256"]), picture) if isinstance(mask, dict) else None
 
 
 def _device(record: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the flags say of masks, sizes and templates: the engine's own ``Keep``, and the prompt."""
+"""What the flags say of references, masks, sizes and templates: the engine's own options, and the prompt."""
 
 from __future__ import annotations
 
@@ -9,7 +9,80 @@ from ..errors import RequestError
 from .flag import Flag
 
 RESIZE_CONTROLS = ("image", "official", "none")
+METHODS = ("default", "inject", "concat", "cross_attn")
+PRESETS = ("subtle", "style", "replace", "scene", "identity")
+EDIT_TYPES = ("colour", "style", "swap", "add", "remove", "lighting", "expression", "background")
 
+REFERENCE = (
+    Flag(
+        name="--reference-method",
+        also=("--reference_method",),
+        metavar="METHOD",
+        help=f"How the pictures act: {', '.join(METHODS)}; concat:0.5,inject switches at half of the steps.",
+    ),
+    Flag(
+        name="--reference-strength",
+        also=("--reference_strength",),
+        metavar="S...",
+        many=True,
+        accepts=r"[0-9.][0-9.:,a-z_]*",
+        help="0 to 2, 1 by default, for all pictures or one per picture: 0.7, a run over the steps 0.2:1.0[:ease_in], "
+        "or one number per step 0.2,0.4,0.8. 0 is text to image.",
+    ),
+    Flag(
+        name="--reference-mask",
+        also=("--reference_mask",),
+        metavar="FILE...",
+        many=True,
+        help="One per picture: only what is white of it is a reference.",
+    ),
+    Flag(name="--preset", choices=PRESETS, help="Method and strength by goal; flags beside it win."),
+    Flag(
+        name="--edit-type",
+        also=("--edit_type",),
+        choices=EDIT_TYPES,
+        help="Method, strength and denoise by kind of edit; flags beside it win.",
+    ),
+    Flag(
+        name="--denoise",
+        kind="float",
+        metavar="X",
+        help="Share of the schedule that is run, from the first picture with noise on it; by default all of it.",
+    ),
+    Flag(
+        name="--reference-strength-mode",
+        choices=("gain", "latent"),
+        help="default at other strengths than 1: ln s on the attention logits, or latents times s.",
+    ),
+    Flag(name="--cross-attn-rule", choices=("scale", "gain"), help="cross_attn: keys times s, or ln s on the logits."),
+    Flag(name="--inject-gain", kind="float", metavar="X", help="Factor of what inject adds; 1 by default."),
+    Flag(
+        name="--inject-into", choices=("input", "state"), help="Where inject adds: what the network sees, or the run."
+    ),
+    Flag(
+        name="--keep-vision-at-zero", kind="switch", help="The text encoder sees pictures of strength 0 all the same."
+    ),
+    Flag(name="--keep-frame-index", kind="switch", help="Pictures after one of strength 0 keep their place."),
+    Flag(name="--negative-reference", choices=("on", "off"), help="Whether the negative branch sees the pictures; on."),
+    Flag(name="--mask-vision", choices=("on", "off"), help="Whether the text encoder sees masked parts grey; on."),
+)
+
+CHAIN = (
+    Flag(
+        name="--stage",
+        metavar="METHOD@STRENGTH...",
+        many=True,
+        accepts=r"[a-z_]+(@[0-9.][0-9.:,a-z_]*)?",
+        help="Edit in stages, each of the picture before: default@0.4 inject@0.8 cross_attn@1.2.",
+    ),
+    Flag(
+        name="--then",
+        metavar="PROMPT",
+        many=True,
+        help="Go on from the result with this prompt, seed + 1; may be repeated.",
+    ),
+    Flag(name="--keep-original", kind="switch", help="Show the first picture to every stage as a second one."),
+)
 KEEP = (
     Flag(
         name="--mask",
@@ -39,6 +112,11 @@ KEEP = (
         also=("--rcm_debug_save",),
         kind="switch",
         help="Write the mask of every step beside the result, one PNG each.",
+    ),
+    Flag(
+        name="--mask-sampling",
+        choices=("area", "bilinear"),
+        help="How the mask becomes tokens: their mean, or musubi-tuner's four pixels at each middle.",
     ),
     Flag(
         name="--composite",
@@ -85,9 +163,14 @@ def steering(values: Mapping[str, Any]) -> dict[str, Any]:
         RequestError: flags contradict each other, or a value is out of range.
     """
     from ..engine.keep.options import Keep
+    from ..engine.presets import Settings, settle
+    from ..engine.reference.options import Reference
 
     keep, how = _keep(values), _resize(values)
-    return ({"keep": Keep(**keep)} if keep else {}) | ({} if how is None else {"resize_control": how})
+    settings = settle(**_reference(values))
+    fields: dict[str, Any] = {} if settings == Settings(Reference()) else {"reference": settings.reference}
+    fields |= {} if settings.denoise is None else {"denoise": settings.denoise}
+    return fields | ({"keep": Keep(**keep)} if keep else {}) | ({} if how is None else {"resize_control": how})
 
 
 def prompt_of(values: Mapping[str, Any]) -> str | None:
@@ -115,8 +198,33 @@ def _field(word: str) -> tuple[str, str]:
     return name, text
 
 
+def _reference(values: Mapping[str, Any]) -> dict[str, Any]:
+    strengths = tuple(values["reference_strength"])
+    given = {
+        "preset": values["preset"],
+        "edit_type": values["edit_type"],
+        "method": values["reference_method"],
+        "strength": strengths[0] if len(strengths) == 1 else strengths or None,
+        "denoise": values["denoise"],
+        "masks": tuple(values["reference_mask"]) or None,
+        "mode": values["reference_strength_mode"],
+        "cross_attn_rule": values["cross_attn_rule"],
+        "inject_gain": values["inject_gain"],
+        "inject_into": values["inject_into"],
+        "keep_vision_at_zero": values["keep_vision_at_zero"] or None,
+        "keep_frame_index": values["keep_frame_index"] or None,
+        "negative": _switch(values["negative_reference"]),
+        "mask_vision": _switch(values["mask_vision"]),
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _switch(word: str | None) -> bool | None:
+    return None if word is None else word == "on"
+
+
 def _keep(values: Mapping[str, Any]) -> dict[str, Any]:
-    names = {name: name for name in ("mask", "rcm_sensitivity", "composite")}
+    names = {name: name for name in ("mask", "mask_sampling", "rcm_sensitivity", "composite")}
     names |= {"rcm_kernel_size": "rcm_kernel_size", "rcm_dilate_size": "rcm_dilate_size", "feather": "feather_pixels"}
     given = {field: values[name] for name, field in names.items() if values[name] is not None}
     return given | ({"rcm": True} if values["rcm"] else {}) | _threshold(values)

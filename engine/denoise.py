@@ -20,6 +20,7 @@ from .job import Geometry, Job
 from .keep.keeper import Keeper
 from .latents import initial_noise, pack, unpack
 from .picture import resize, to_tensor
+from .reference.apply import Cast, References
 from .schedule import Schedule, make_schedule
 from .state import RunState
 
@@ -31,12 +32,14 @@ class Seen:
     """What the VAE gives to a run before the transformer is loaded.
 
     Attributes:
-        references: packed clean latents of all references [1, tokens, 4z], or None.
+        references: packed clean latents [1, tokens, 4z] of each picture; None for a picture that no step sees.
+        first: packed clean latents of the first picture at the size of the output, where the run needs them.
         projection: affine map from latents to RGB for previews.
         channels: latent channels z.
     """
 
-    references: torch.Tensor | None
+    references: tuple[torch.Tensor | None, ...]
+    first: torch.Tensor | None
     projection: torch.Tensor
     channels: int
 
@@ -45,8 +48,16 @@ class Seen:
     def of(cls, job: Job, components: Components) -> Seen:
         """Encode the references of a run."""
         components.enter("reference")
-        references = _encode_references(job, components)
-        return cls(references, components.projection(), components.source.vae.config["z_dim"])
+        seen = {place for cast in job.casts for place in cast}
+        references = [
+            _encode(picture.image, geometry, components) if place in seen else None
+            for place, (picture, geometry) in enumerate(zip(job.pictures, job.references, strict=True))
+        ]
+        first = None
+        if job.anchored:
+            known = references[0] if job.references[0] == job.target else None
+            first = _encode(job.pictures[0].image, job.target, components) if known is None else known
+        return cls(tuple(references), first, components.projection(), components.source.vae.config["z_dim"])
 
 
 @dataclass(frozen=True)
@@ -59,9 +70,10 @@ class Denoiser:
         schedule: noise levels.
         components: the network among them.
         seen: what the VAE gave.
-        branches: prompt, and negative prompt where guidance is on.
+        references: what the pictures do in each step.
+        keeper: what keeps a part of the first picture, or None.
+        branches: by the pictures that are there: prompt, and negative prompt where guidance is on.
         table: modulation rows of every step.
-        keeper: what is kept of the first picture, or None.
         check: raises to stop the run.
     """
 
@@ -70,9 +82,10 @@ class Denoiser:
     schedule: Schedule
     components: Components
     seen: Seen
-    branches: tuple[Branch, ...]
-    table: ModulationTable
+    references: References
     keeper: Keeper | None
+    branches: Mapping[Cast, tuple[Branch, ...]]
+    table: ModulationTable
     check: Callable[[], None]
 
     @classmethod
@@ -80,19 +93,25 @@ class Denoiser:
     def prepare(
         cls,
         job: Job,
-        conditioning: Conditioning,
+        conditionings: Mapping[Cast, Conditioning],
         seen: Seen,
         components: Components,
         key: str,
         check: Callable[[], None],
     ) -> Denoiser:
-        """Embed the prompts, fix the schedule and its modulation rows."""
+        """Embed the prompts, fix the schedule and its modulation rows.
+
+        Args:
+            job: the resolved request.
+            conditionings: prompt embeddings by the pictures that the text encoder saw.
+            seen: what the VAE gave.
+            components: the network among them.
+            key: identity of the run.
+            check: raises to stop the run.
+        """
         components.enter("denoise")
         transformer = components.transformer
-        grids = [job.target.grid, *(reference.grid for reference in job.references)]
-        prompts = [conditioning.prompt_embeds]
-        if conditioning.negative_embeds is not None:
-            prompts.append(conditioning.negative_embeds)
+        references = References.of(job, seen.references)
         rows, columns = job.target.grid
         schedule = make_schedule(
             job.num_inference_steps,
@@ -107,9 +126,12 @@ class Denoiser:
             schedule=schedule,
             components=components,
             seen=seen,
-            branches=tuple(transformer.branch(prompt, grids) for prompt in prompts),
-            table=transformer.table(timesteps),
+            references=references,
             keeper=_keeper(job, seen, schedule, components),
+            branches={
+                cast: _branches(transformer, references, cast, conditionings[job.shown(cast)]) for cast in job.casts
+            },
+            table=transformer.table(timesteps),
             check=check,
         )
 
@@ -119,9 +141,13 @@ class Denoiser:
         return len(self.schedule)
 
     def start(self) -> RunState:
-        """The state before the first step: pure noise."""
-        noise = initial_noise(self.job.seed, self.seen.channels, *self.job.target.grid)
-        return RunState(self.key, 0, self.job.target.grid, noise.to(self.branches[0].text.device))
+        """The state before the first step that is run: noise, or ``(1 - sigma) r + sigma noise`` of picture 1."""
+        noise = _noise(self.job, self.seen, self.components)
+        index = self.job.start
+        if index and self.seen.first is not None:
+            sigma = float(self.schedule.sigmas[index])
+            noise = (1 - sigma) * self.seen.first.float() + sigma * noise
+        return RunState(self.key, index, self.job.target.grid, noise)
 
     def accept(self, state: RunState) -> RunState:
         """A saved state, if it is of this run.
@@ -129,12 +155,17 @@ class Denoiser:
         Raises:
             RequestError: it belongs to another request, model, dtype or device kind.
         """
-        if state.key != self.key or not 0 <= state.next_step <= self.total:
+        if state.key != self.key or not self.job.start <= state.next_step <= self.total:
             raise RequestError(
                 "the saved state must be of this request, model, dtype and device, got another run's",
                 hint="repeat the request that the state was saved from",
             )
-        return RunState(state.key, state.next_step, state.grid, state.latent_tokens.to(self.branches[0].text.device))
+        return RunState(state.key, state.next_step, state.grid, state.latent_tokens.to(self.components.device))
+
+    @torch.no_grad()
+    def finish(self, state: RunState) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Latents after the last step with what is kept put back, and the shares of change per token, if any."""
+        return (state.latent_tokens, None) if self.keeper is None else self.keeper.finish(state.latent_tokens)
 
     @torch.no_grad()
     def advance(self, state: RunState) -> Step:
@@ -167,11 +198,13 @@ class Denoiser:
     ) -> tuple[Step, Finite]:
         """A step, enqueued, and the question whether its velocity is finite."""
         index = state.next_step
-        dtype = self.branches[0].text.dtype
+        dtype = self.components.dtype
+        sigma, sigma_next = (float(s) for s in self.schedule.sigmas[index : index + 2])
+        given = self.references.at(index, state.latent_tokens, sigma)
         velocities = transformer.velocity(
-            state.latent_tokens.to(dtype),
-            self.seen.references,
-            self.branches,
+            given.latents.to(dtype),
+            given.tokens,
+            given.dress(self.branches[self.job.cast(index)], self.job.reference, dtype),
             self.table,
             self.schedule.timestep(index, dtype),
             more=index + 1 < self.total,
@@ -180,23 +213,54 @@ class Denoiser:
         )
         velocity = _guide([v.float() for v in velocities], self.job.true_cfg_scale, kernels)
         finite = Finite(velocity)
-        latents, mask = state.latent_tokens, None
+        latents, mask = given.state, None
         if self.keeper is not None:
             latents, mask = self.keeper.before_step(index, latents, velocity)
-        latents = self.schedule.step(index, latents, velocity)
-        sigma, sigma_next = (float(s) for s in self.schedule.sigmas[index : index + 2])
         step = Step(
             index=index,
             total=self.total,
             sigma=sigma,
             sigma_next=sigma_next,
-            state=RunState(state.key, index + 1, state.grid, latents),
-            predicted=unpack(state.latent_tokens - sigma * velocity, *state.grid),
+            state=RunState(state.key, index + 1, state.grid, self.schedule.step(index, latents, velocity)),
+            predicted=unpack(latents - sigma * velocity, *state.grid),
             projection=self.seen.projection,
             size=(self.job.target.width, self.job.target.height),
             mask=mask,
+            reference=self.job.table[index] if self.job.table else None,
         )
         return step, finite
+
+
+def _noise(job: Job, seen: Seen, components: Components) -> torch.Tensor:
+    return initial_noise(job.seed, seen.channels, *job.target.grid).to(components.device)
+
+
+def _keeper(job: Job, seen: Seen, schedule: Schedule, components: Components) -> Keeper | None:
+    if job.keep.rule is None or seen.first is None:
+        return None
+    return Keeper.of(
+        job.keep,
+        mask_image=None if job.mask is None else job.mask.image,
+        control=seen.first,
+        noise=_noise(job, seen, components),
+        target=job.target,
+        sigmas=schedule.sigmas.tolist(),
+        original=resize(job.pictures[0].image, job.target.width, job.target.height),
+        implementation=components.planned.kernels.get("rcm", "reference"),
+    )
+
+
+def _branches(
+    transformer: QwenImageTransformer, references: References, cast: Cast, conditioning: Conditioning
+) -> tuple[Branch, ...]:
+    """Both prompts beside the pictures of a cast."""
+    grids, frames, kept = references.layout(cast)
+    made = [transformer.branch(conditioning.prompt_embeds, grids, frames=frames, kept=kept)]
+    if conditioning.negative_embeds is not None:
+        alone = not references.options.negative
+        grids, frames, kept = references.layout(()) if alone else (grids, frames, kept)
+        made.append(transformer.branch(conditioning.negative_embeds, grids, frames=frames, kept=kept))
+    return tuple(made)
 
 
 def _guide(velocities: Sequence[torch.Tensor], scale: float, kernels: Mapping[str, str]) -> torch.Tensor:
@@ -205,35 +269,14 @@ def _guide(velocities: Sequence[torch.Tensor], scale: float, kernels: Mapping[st
     return combine(velocities[0], velocities[1], scale, implementation=kernels["guidance"])
 
 
-def _keeper(job: Job, seen: Seen, schedule: Schedule, components: Components) -> Keeper | None:
-    if job.keep.rule is None or seen.references is None:
-        return None
-    rows, columns = job.references[0].grid
-    return Keeper.of(
-        job.keep,
-        mask_image=None if job.mask is None else job.mask.image,
-        control=seen.references[:, : rows * columns],
-        noise=initial_noise(job.seed, seen.channels, *job.target.grid).to(components.device),
-        target=job.target,
-        sigmas=schedule.sigmas.tolist(),
-        original=resize(job.pictures[0].image, job.target.width, job.target.height),
-        implementation=components.planned.kernels.get("rcm", "reference"),
-    )
-
-
 def _changed(safe: Mapping[str, str], kernels: Mapping[str, str]) -> str:
     """The ops that ran in another implementation than planned."""
     return ", ".join(f"{op} {made}" for op, made in safe.items() if made != kernels[op] and op in STEP_OPS)
 
 
-def _encode_references(job: Job, components: Components) -> torch.Tensor | None:
-    if not job.pictures:
-        return None
-    parts = [
-        pack(components.vae.encode(_pixels(picture.image, geometry).to(components.device, components.dtype)))
-        for picture, geometry in zip(job.pictures, job.references, strict=True)
-    ]
-    return torch.cat(parts, dim=1)
+def _encode(image: Image.Image, geometry: Geometry, components: Components) -> torch.Tensor:
+    """Packed clean latents of a picture [1, tokens, 4z]."""
+    return pack(components.vae.encode(_pixels(image, geometry).to(components.device, components.dtype)))
 
 
 def _pixels(image: Image.Image, geometry: Geometry) -> torch.Tensor:

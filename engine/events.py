@@ -10,6 +10,7 @@ import torch
 
 from .conditioning import Conditioning
 from .latents import unpack
+from .reference.options import StepReference
 from .state import RunState
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Step:
         state: everything needed to go on from here; ``state.save(path)`` writes it.
         predicted: predicted clean latents ``x - sigma * v``, float32 [1, z, 1, h, w].
         mask: share of change per token where a mask is at work, else None.
+        reference: method and strengths of the references in this step; None without pictures.
         notes: what happened in this step and should be told, one sentence each.
     """
 
@@ -55,6 +57,7 @@ class Step:
     projection: torch.Tensor = field(repr=False)
     size: tuple[int, int]
     mask: torch.Tensor | None = None
+    reference: StepReference | None = None
     notes: tuple[str, ...] = ()
 
     @property

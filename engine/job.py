@@ -13,6 +13,8 @@ from .defaults import Defaults
 from .keep.mask import resolve_mask
 from .keep.options import Keep
 from .picture import Picture, load_picture
+from .reference.options import Reference, StepReference
+from .reference.resolve import resolve_masks, resolve_table
 from .request import EditRequest, GenerateRequest
 from .sizes import condition_size, reference_size, target_size
 
@@ -62,10 +64,14 @@ class Job:
         true_cfg_scale: guidance scale; 1 for one branch.
         seed: seed of the noise.
         flow_shift: static shift or None.
-        resize_control: at which size the VAE sees the pictures, where that was asked.
-        keep: what of the first picture is kept.
-        mask: its mask at the size of the output, mode L, or None.
         notes: decisions worth telling, one sentence each.
+        reference: options of the references.
+        table: what the references do in each step.
+        masks: of the references, at the size of each picture; None where all of it is one.
+        keep: options of what is kept.
+        mask: of what is kept, white = change, at the size of the output.
+        denoise: share of the schedule that is run, or None.
+        resize_control: as asked.
     """
 
     kind: str
@@ -80,14 +86,58 @@ class Job:
     true_cfg_scale: float
     seed: int
     flow_shift: float | None
-    resize_control: str | None
-    keep: Keep
-    mask: Picture | None
     notes: tuple[str, ...]
+    reference: Reference = Reference()
+    table: tuple[StepReference, ...] = ()
+    masks: tuple[Picture | None, ...] = ()
+    keep: Keep = Keep()
+    mask: Picture | None = None
+    denoise: float | None = None
+    resize_control: str | None = None
+
+    @property
+    def start(self) -> int:
+        """The first step that is run: ``n - int(n denoise)``.
+
+        The product is raised by 1e-9, so that 0.29 of 100 steps are 29.
+        """
+        steps = self.num_inference_steps
+        return 0 if self.denoise is None else steps - int(steps * self.denoise + 1e-9)
+
+    @property
+    def anchored(self) -> bool:
+        """The clean latents of the first picture are needed at the size of the output."""
+        return bool(self.pictures) and (self.start > 0 or self.keep.rule is not None)
+
+    @property
+    def steered(self) -> bool:
+        """A step differs from what the model was trained for, by more than which pictures are there."""
+        steps = self.table[min(self.start, self.num_inference_steps - 1) :]
+        usual = {"default", "concat", "cross_attn"}
+        plain = all(step.method in usual and set(step.strengths) <= {0.0, 1.0} for step in steps)
+        return self.anchored or not plain or any(self.masks)
+
+    def cast(self, step: int) -> tuple[int, ...]:
+        """Places of the pictures that the transformer sees in a step."""
+        return self.table[step].present if self.table else ()
+
+    def shown(self, cast: tuple[int, ...]) -> tuple[int, ...]:
+        """Places of the pictures that the text encoder sees beside a cast."""
+        return tuple(range(len(self.pictures))) if self.reference.keep_vision_at_zero else cast
+
+    @property
+    def casts(self) -> tuple[tuple[int, ...], ...]:
+        """The different casts of the steps that are run, in their order; at least one."""
+        steps = range(min(self.start, self.num_inference_steps - 1), self.num_inference_steps)
+        return tuple(dict.fromkeys(self.cast(step) for step in steps))
+
+    def template_for(self, shown: tuple[int, ...]) -> str:
+        """Prompt template where the text encoder sees these pictures: without any that of text alone."""
+        return self.template if shown or not self.pictures else "text"
 
     def record(self) -> dict[str, Any]:
         """The resolved request as JSON values; a request made from it gives the same job."""
-        plain = {
+        return {
             "prompt": self.prompt,
             "negative_prompt": self.negative_prompt,
             "size": [self.target.width, self.target.height],
@@ -95,13 +145,21 @@ class Job:
             "true_cfg_scale": self.true_cfg_scale,
             "seed": self.seed,
             "flow_shift": self.flow_shift,
+            **self._steering(),
         }
-        sized = {} if self.resize_control is None else {"resize_control": self.resize_control}
-        return plain | sized | ({} if self.keep.rule is None else {"keep": self._kept()})
 
-    def _kept(self) -> dict[str, Any]:
-        mask = {} if self.mask is None else {"mask": {"path": self.mask.label, "sha256": self.mask.sha256}}
-        return self.keep.record() | mask
+    def _steering(self) -> dict[str, Any]:
+        """What was asked of references, keeping, start and sizes; nothing where nothing was."""
+        masks = [_named(mask) for mask in self.masks]
+        reference = self.reference.record() | ({"masks": masks} if any(masks) else {})
+        keep = self.keep.record() | ({} if self.mask is None else {"mask": _named(self.mask)})
+        said = {
+            "reference": reference or None,
+            "keep": keep or None,
+            "denoise": self.denoise,
+            "resize_control": self.resize_control,
+        }
+        return {name: value for name, value in said.items() if value is not None}
 
     def key(self, surroundings: Mapping[str, str]) -> str:
         """Identity of the run: the resolved request, the pictures and the surroundings given."""
@@ -132,17 +190,11 @@ def resolve(request: GenerateRequest, defaults: Defaults, multiple: int) -> Job:
     if scale == 1 and request.negative_prompt is not None:
         notes.append("the negative prompt is not used: true_cfg_scale is 1")
     target = _target(request, pictures, defaults, multiple, notes)
-    how = request.resize_control if isinstance(request, EditRequest) else None
-    whole = target.width, target.height
-    references = tuple(Geometry(*reference_size(p.image.size, whole, how, defaults), multiple) for p in pictures)
-    keep = request.keep if isinstance(request, EditRequest) else Keep()
-    mask = resolve_mask(
-        keep,
-        picture_size=pictures[0].image.size if pictures else None,
-        target=target,
-        reference=references[0] if references else None,
-    )
-    notes.extend(mask.notes if mask is not None else ())
+    references = _references(request, pictures, target, defaults)
+    steps = request.num_inference_steps or defaults.num_inference_steps
+    steering = {}
+    if isinstance(request, EditRequest):
+        steering = _steer(request, pictures, target, references[0], steps, notes)
     return Job(
         kind="edit" if pictures else "generate",
         prompt=request.prompt,
@@ -152,15 +204,43 @@ def resolve(request: GenerateRequest, defaults: Defaults, multiple: int) -> Job:
         references=references,
         conditions=tuple(condition_size(picture.image.size, defaults) for picture in pictures),
         template=defaults.template,
-        num_inference_steps=request.num_inference_steps or defaults.num_inference_steps,
+        num_inference_steps=steps,
         true_cfg_scale=scale,
         seed=request.seed,
         flow_shift=request.flow_shift,
-        resize_control=how,
-        keep=keep,
-        mask=mask,
         notes=tuple(notes),
+        **steering,
     )
+
+
+def _steer(
+    request: EditRequest,
+    pictures: tuple[Picture, ...],
+    target: Geometry,
+    first: Geometry,
+    steps: int,
+    notes: list[str],
+) -> dict[str, Any]:
+    """The fields of a job that say how its pictures act on it."""
+    masks = resolve_masks(request.reference, pictures)
+    mask = resolve_mask(request.keep, picture_size=pictures[0].image.size, target=target, reference=first)
+    notes += request.reference.notes()
+    notes += [note for one in (*masks, mask) if one is not None for note in one.notes]
+    if request.denoise is not None and int(steps * request.denoise + 1e-9) == 0:
+        notes.append(f"no step is run: denoise {request.denoise:g} of {steps} steps is less than one")
+    return {
+        "reference": request.reference,
+        "table": resolve_table(request.reference, steps, masks),
+        "masks": masks,
+        "keep": request.keep,
+        "mask": mask,
+        "denoise": request.denoise,
+        "resize_control": request.resize_control,
+    }
+
+
+def _named(mask: Picture | None) -> dict[str, str] | None:
+    return None if mask is None else {"path": mask.label, "sha256": mask.sha256}
 
 
 def _check_count(count: int, defaults: Defaults) -> None:
@@ -213,10 +293,17 @@ def _target(
             )
         return target
     width, height = target_size(None, [picture.image.size for picture in pictures], defaults)
-    if not pictures:
-        return Geometry(width, height, multiple)
-    lead = pictures[-1 if defaults.size_from_last else 0]
-    if (width, height) != lead.image.size:
+    lead = pictures[-1 if defaults.size_from_last else 0] if pictures else None
+    if lead is not None and (width, height) != lead.image.size:
         was = "x".join(map(str, lead.image.size))
         notes.append(f"output is {width}x{height}: {lead.label} is {was} and this model works at about that area")
     return Geometry(width, height, multiple)
+
+
+def _references(
+    request: GenerateRequest, pictures: Sequence[Picture], target: Geometry, defaults: Defaults
+) -> tuple[Geometry, ...]:
+    how = request.resize_control if isinstance(request, EditRequest) else None
+    size = target.width, target.height
+    sizes = [reference_size(picture.image.size, size, how, defaults) for picture in pictures]
+    return tuple(Geometry(width, height, target.multiple) for width, height in sizes)

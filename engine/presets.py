@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import RequestError
+from .reference.options import Reference, Strength
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,56 @@ TROUBLES: Mapping[str, str] = {
     "a face is not the same": "name the light and the glasses in the prompt; qengine hints PROMPT says what is missing",
 }
 """What to try, by what is seen."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of a request that come from presets and flags.
+
+    Attributes:
+        reference: options of the references.
+        denoise: share of the schedule that is run, or None.
+    """
+
+    reference: Reference
+    denoise: float | None = None
+
+
+def settle(
+    *,
+    preset: str | None = None,
+    edit_type: str | None = None,
+    method: str | None = None,
+    strength: Strength | tuple[Strength, ...] | None = None,
+    denoise: float | None = None,
+    **options: Any,
+) -> Settings:
+    """What a preset or a kind of edit says, each value replaced by the one that is given beside it.
+
+    Args:
+        preset: of ``PRESETS``.
+        edit_type: of ``EDIT_TYPES``.
+        method: text of the reference method.
+        strength: of the references.
+        denoise: share of the schedule that is run.
+        options: the other fields of :class:`Reference`.
+
+    Raises:
+        RequestError: both tables are asked, a name is unknown, or a value is out of range.
+    """
+    if preset is not None and edit_type is not None:
+        raise RequestError(f"settings must come from one table, got preset {preset!r} and edit type {edit_type!r}")
+    chosen = None
+    if preset is not None:
+        chosen = find(PRESETS, preset, "preset")
+    elif edit_type is not None:
+        chosen = find(EDIT_TYPES, edit_type, "edit type")
+    if chosen is not None:
+        method = chosen.method if method is None else method
+        strength = chosen.strength if strength is None else strength
+        denoise = chosen.denoise if denoise is None else denoise
+    said = {"method": method, "strength": strength}
+    return Settings(Reference(**options, **{k: v for k, v in said.items() if v is not None}), denoise)
 
 
 def find(table: Mapping[str, Preset], name: str, what: str) -> Preset:

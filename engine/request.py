@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import RequestError
 from .keep.options import Keep
+from .reference.options import Reference
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -90,7 +91,9 @@ class EditRequest(GenerateRequest):
 
     Attributes:
         images: the pictures to edit, first to last ("Picture 1", "Picture 2", ...): files or PIL images of any size.
+        reference: how the pictures act as references.
         keep: what of the first picture is kept as it was.
+        denoise: share of the schedule that is run, from the first picture with noise on it; None starts from noise.
         resize_control: size at which the VAE sees the pictures: that of the output (``image``), the model's area
             (``official``), their own (``none``); None is the model's habit.
 
@@ -99,15 +102,23 @@ class EditRequest(GenerateRequest):
     """
 
     images: tuple[Image.Image | str | PathLike[str], ...]
+    reference: Reference = Reference()
     keep: Keep = Keep()
+    denoise: float | None = None
     resize_control: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.images, tuple) or not self.images:
             raise RequestError(f"images must be a tuple of at least one picture, got {self.images!r}")
-        if not isinstance(self.keep, Keep):
-            raise RequestError(f"keep must be its options, got {self.keep!r}")
+        if not isinstance(self.reference, Reference) or not isinstance(self.keep, Keep):
+            raise RequestError(f"reference and keep must be their options, got {self.reference!r} and {self.keep!r}")
+        if len(self.reference.masks) not in (0, len(self.images)):
+            raise RequestError(
+                f"reference masks must be none or one per picture ({len(self.images)}), got {len(self.reference.masks)}"
+            )
+        if self.denoise is not None:
+            _number("denoise", self.denoise, 0, 1)
         if self.resize_control not in (None, *RESIZE_CONTROLS):
             raise RequestError(
                 f"resize_control must be one of {', '.join(RESIZE_CONTROLS)}, got {self.resize_control!r}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
@@ -21,13 +22,14 @@ from .defaults import Defaults, defaults_of
 from .denoise import Denoiser, Seen
 from .events import Decoded, Encoded, Result, Step
 from .job import Job, resolve
-from .keep.keeper import Keeper
 from .ladder import Ladder, Turn, what_would_fit
 from .latents import unpack
 from .measure import facts_for
 from .picture import resize, to_picture
 from .plan import Budget, Choices, JobFacts, ModelFacts, Plan, make_plan
 from .record import describe, numerics
+from .reference.apply import Cast
+from .reference.resolve import veil
 from .request import EditRequest, GenerateRequest
 from .state import RunState
 
@@ -171,16 +173,17 @@ class Engine:
             ladder = self._ladder(plan)
             climb = partial(ladder.climb, fitting=lambda: self._fitting(job, plan))
             try:
-                conditioning, cached = climb("encode", lambda: self._encode(job))
-                yield Encoded(conditioning, cached, self.source.notes + job.notes + self._words(plan))
-                denoiser = self._denoiser(job, conditioning, climb)
+                conditionings, cached = climb("encode", lambda: self._encode(job))
+                first = conditionings[job.shown(job.casts[0])]
+                yield Encoded(first, cached, self.source.notes + job.notes + self._words(plan))
+                denoiser = self._denoiser(job, conditionings, climb)
                 state = denoiser.start() if resume is None else denoiser.accept(resume)
                 while state.next_step < denoiser.total:
                     step = climb("denoise", partial(denoiser.advance, state))
                     ladder.tell(*step.notes)
                     state = step.state
                     yield step
-                yield climb("decode", lambda: self._decode(job, plan, state, ladder, denoiser.keeper))
+                yield climb("decode", lambda: self._decode(denoiser, plan, state, ladder))
             finally:
                 self._components.rest()
 
@@ -206,10 +209,10 @@ class Engine:
             plan = self._components.plan = self._plan(job)
             climb = partial(self._ladder(plan).climb, fitting=lambda: self._fitting(job, plan))
             try:
-                conditioning, cached = climb("encode", lambda: self._encode(job))
+                made, cached = climb("encode", lambda: self._encode(job))
             finally:
                 self._components.rest()
-            return Encoded(conditioning, cached, self.source.notes + job.notes + self._words(plan))
+            return Encoded(made[job.shown(job.casts[0])], cached, self.source.notes + job.notes + self._words(plan))
 
     def edit(self, images: Picture | list[Picture] | tuple[Picture, ...], prompt: str, **options: Any) -> Result:
         """Edit one picture or several; ``options`` are the fields of :class:`EditRequest`."""
@@ -251,22 +254,38 @@ class Engine:
         if self._cancelled.is_set():
             raise Cancelled("the run was cancelled")
 
-    def _encode(self, job: Job) -> tuple[Conditioning, bool]:
+    def _encode(self, job: Job) -> tuple[dict[Cast, Conditioning], bool]:
+        """Prompt embeddings by the pictures that the text encoder sees, and whether all came from the cache."""
         self._check()
-        pictures = [resize(picture.image, *size) for picture, size in zip(job.pictures, job.conditions, strict=True)]
-        return self._components.condition(job.prompt, job.negative_prompt, pictures, job.template, self._check)
+        made: dict[Cast, Conditioning] = {}
+        known = []
+        alone = job.negative_prompt is not None and bool(job.pictures) and not job.reference.negative
+        for shown in dict.fromkeys(job.shown(cast) for cast in job.casts):
+            made[shown], cached = self._condition(job, job.prompt, None if alone else job.negative_prompt, shown)
+            known.append(cached)
+        if alone and job.negative_prompt is not None:
+            negative, cached = self._condition(job, job.negative_prompt, None, job.shown(()))
+            known.append(cached)
+            made = {shown: replace(each, negative_embeds=negative.prompt_embeds) for shown, each in made.items()}
+        return made, all(known)
 
-    def _denoiser(self, job: Job, conditioning: Conditioning, climb: Callable[..., Any]) -> Denoiser:
+    def _condition(self, job: Job, prompt: str, negative: str | None, shown: Cast) -> tuple[Conditioning, bool]:
+        masks = job.masks if job.reference.mask_vision and job.masks else (None,) * len(job.pictures)
+        pictures = [resize(veil(job.pictures[k].image, masks[k]), *job.conditions[k]) for k in shown]
+        return self._components.condition(prompt, negative, pictures, job.template_for(shown), self._check)
+
+    def _denoiser(self, job: Job, made: dict[Cast, Conditioning], climb: Callable[..., Any]) -> Denoiser:
         self._check()
         seen = climb("reference", lambda: Seen.of(job, self._components))
         self._check()
         key = self._key(job)
-        return climb("denoise", lambda: Denoiser.prepare(job, conditioning, seen, self._components, key, self._check))
+        return climb("denoise", lambda: Denoiser.prepare(job, made, seen, self._components, key, self._check))
 
-    def _decode(self, job: Job, plan: Plan, state: RunState, ladder: Ladder, keeper: Keeper | None) -> Decoded:
+    def _decode(self, denoiser: Denoiser, plan: Plan, state: RunState, ladder: Ladder) -> Decoded:
         self._check()
+        job, keeper = denoiser.job, denoiser.keeper
+        tokens, mask = denoiser.finish(state)
         self._components.enter("decode")
-        tokens, mask = (state.latent_tokens, None) if keeper is None else keeper.finish(state.latent_tokens)
         latents = unpack(tokens, *state.grid)
         pixels = self._components.vae.decode(latents.to(self.device, self.dtype))
         image = to_picture(pixels[..., : job.target.height, : job.target.width].float().cpu())

@@ -17,6 +17,7 @@ from ...kernels.epilogue import Epilogue
 from ...kernels.modulate import add_gated, modulate
 from ...kernels.rope import norm_rope_joint
 from ..quant import QuantLinear, linear, project
+from .emphasis import Emphasis
 from .kernels import DEFINITIONS, Kernels
 
 EPS = 1e-6
@@ -137,7 +138,12 @@ class JointAttention(nn.Module):
         self.to_add_out = nn.Linear(dim, dim)
 
     def forward(
-        self, image: torch.Tensor, text: torch.Tensor, rotations: Rotations, kernels: Kernels
+        self,
+        image: torch.Tensor,
+        text: torch.Tensor,
+        rotations: Rotations,
+        kernels: Kernels,
+        emphasis: Emphasis | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attend with every token as a query.
 
@@ -146,6 +152,7 @@ class JointAttention(nn.Module):
             text: [batch, text tokens, dim], modulated.
             rotations: rotary factors of both streams.
             kernels: implementations.
+            emphasis: how the references weigh; None as trained.
 
         Returns:
             What ``to_out`` and ``to_add_out`` read: the image and the text part, shaped as the inputs.
@@ -164,11 +171,20 @@ class JointAttention(nn.Module):
             (self.to_v, None, values[:, length:]),
         ]
         self._fill(parts, image, rotations.image, kernels)
-        out = attend(queries, keys, values, mode=kernels.attention)
+        if emphasis is None:
+            out = attend(queries, keys, values, mode=kernels.attention)
+        else:
+            out = emphasis.attend(queries, keys, values, kernels.attention)
         return out[:, length:], out[:, :length]
 
     def forward_target(
-        self, image: torch.Tensor, text: torch.Tensor, rotations: Rotations, target_tokens: int, kernels: Kernels
+        self,
+        image: torch.Tensor,
+        text: torch.Tensor,
+        rotations: Rotations,
+        target_tokens: int,
+        kernels: Kernels,
+        emphasis: Emphasis | None = None,
     ) -> torch.Tensor:
         """Attend with the target tokens alone as queries: [batch, target_tokens, dim], which ``to_out`` reads."""
         target = image[:, :target_tokens]
@@ -180,6 +196,8 @@ class JointAttention(nn.Module):
         self._fill(parts, text, rotations.text, kernels)
         parts = [(self.to_k, self.norm_k, keys[:, length:]), (self.to_v, None, values[:, length:])]
         self._fill(parts, image, rotations.image, kernels)
+        if emphasis is not None:
+            return emphasis.attend_leading(queries, keys, values, kernels.attention)
         return attend(queries, keys, values, mode=kernels.attention)
 
     def _joint(self, *streams: torch.Tensor) -> torch.Tensor:
@@ -217,6 +235,7 @@ class DoubleStreamBlock(nn.Module):
         rotations: Rotations,
         target_tokens: int,
         kernels: Kernels = DEFINITIONS,
+        emphasis: Emphasis | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the block on one branch.
 
@@ -227,13 +246,14 @@ class DoubleStreamBlock(nn.Module):
             rotations: rotary factors of both streams.
             target_tokens: how many image tokens belong to the picture being made.
             kernels: implementations.
+            emphasis: how the references weigh; None as trained.
 
         Returns:
             The new image and text hidden states.
         """
         img, txt = rows.pick(0, target_tokens)
         image_heads, text_heads = self.attn(
-            img.modulate(image, kernels), txt.modulate(text, kernels), rotations, kernels
+            img.modulate(image, kernels), txt.modulate(text, kernels), rotations, kernels, emphasis
         )
         image = img.add(image, self.attn.to_out[0], image_heads, kernels)
         text = txt.add(text, self.attn.to_add_out, text_heads, kernels)
@@ -251,11 +271,12 @@ class DoubleStreamBlock(nn.Module):
         rotations: Rotations,
         target_tokens: int,
         kernels: Kernels = DEFINITIONS,
+        emphasis: Emphasis | None = None,
     ) -> torch.Tensor:
         """Run the block for the target tokens only: [batch, target_tokens, dim]."""
         img, txt = rows.pick(0, target_tokens)
         heads = self.attn.forward_target(
-            img.modulate(image, kernels), txt.modulate(text, kernels), rotations, target_tokens, kernels
+            img.modulate(image, kernels), txt.modulate(text, kernels), rotations, target_tokens, kernels, emphasis
         )
         target = img.target.add(image[:, :target_tokens].contiguous(), self.attn.to_out[0], heads, kernels)
         del heads

@@ -25,6 +25,7 @@ from ..stack import NO_KERNELS, BlockStack, Hold, open_tape
 from ..stack.pack import Progress
 from ..template import Template
 from .block import EPS, DoubleStreamBlock, Rotations
+from .emphasis import Emphasis
 from .kernels import DEFINITIONS, SAFE, Kernels
 from .modulation import ModulationRows, ModulationTable
 from .rope import Grid, image_rotations, text_rotations
@@ -86,10 +87,20 @@ class _Ends(nn.Module):
 
 @dataclass(frozen=True)
 class Branch:
-    """One prompt as the blocks see it: embedded text [1, tokens, dim] and rotary factors of both streams."""
+    """One prompt as the blocks see it.
+
+    Attributes:
+        text: embedded text [1, tokens, dim].
+        rotations: rotary factors of both streams.
+        emphasis: how the references weigh; None as trained.
+        tokens: image tokens that this branch reads in place of the common ones: the target's, [1, target tokens,
+            in_channels], where it reads no references.
+    """
 
     text: torch.Tensor
     rotations: Rotations
+    emphasis: Emphasis | None = None
+    tokens: torch.Tensor | None = None
 
 
 class QwenImageTransformer:
@@ -196,18 +207,28 @@ class QwenImageTransformer:
         wanted = [*timesteps, 0.0] if self.config.zero_cond_t else list(timesteps)
         return self._rows.table(wanted, dtype=self._parameter.dtype)
 
-    def branch(self, prompt_embeds: torch.Tensor, grids: Sequence[Grid]) -> Branch:
+    def branch(
+        self,
+        prompt_embeds: torch.Tensor,
+        grids: Sequence[Grid],
+        *,
+        frames: Sequence[int] | None = None,
+        kept: torch.Tensor | None = None,
+    ) -> Branch:
         """Embed one prompt; this does not depend on the timestep, so it is done once per run.
 
         Args:
             prompt_embeds: [tokens, joint_attention_dim].
             grids: token rows and columns of the target and the references.
+            frames: their frame positions; None counts from 0.
+            kept: places of the image tokens that are there, of those of all grids; None for all.
         """
         device, axes = self._parameter.device, self.config.axes_dims_rope
         text = self._ends.txt_in(self._ends.txt_norm(prompt_embeds[None].to(self._parameter)))
         length = prompt_embeds.shape[0]
-        rotations = Rotations(text_rotations(length, grids, axes).to(device), image_rotations(grids, axes).to(device))
-        return Branch(text, rotations)
+        image = image_rotations(grids, axes, frames)
+        image = image if kept is None else image[kept.cpu()]
+        return Branch(text, Rotations(text_rotations(length, grids, axes).to(device), image.to(device)))
 
     def velocity(
         self,
@@ -240,22 +261,27 @@ class QwenImageTransformer:
         target = latent_tokens.shape[1]
         tokens = latent_tokens if reference_tokens is None else torch.cat([latent_tokens, reference_tokens], dim=1)
         embedded = self._ends.img_in(tokens.to(self._parameter))
-        states = [(embedded.clone(), branch.text.clone(), branch.rotations) for branch in branches]
-        zero_cond_t = self.config.zero_cond_t and reference_tokens is not None
+        states = [(self._embed(branch, embedded), branch.text.clone()) for branch in branches]
         kernels = SAFE if safe else self._kernels
         last, outputs = len(self.blocks) - 1, []
         with closing(self.blocks.sweep(more)) as visits, self._template:
             for index, views in visits:
                 check()
                 block = self._template.bind(views)
-                rows = table.block(index, timestep, zero_cond_t=zero_cond_t)
+                given = []
+                for (image, text), branch in zip(states, branches, strict=True):
+                    zero_cond_t = self.config.zero_cond_t and image.shape[1] > target
+                    rows = table.block(index, timestep, zero_cond_t=zero_cond_t)
+                    given.append((image, text, rows, branch.rotations, target, kernels, branch.emphasis))
                 if index < last:
-                    states = [(*block(image, text, rows, rot, target, kernels), rot) for image, text, rot in states]
+                    states = [block(*each) for each in given]
                 else:
-                    outputs = [
-                        block.forward_last(image, text, rows, rot, target, kernels) for image, text, rot in states
-                    ]
+                    outputs = [block.forward_last(*each) for each in given]
         scale, shift = table.output(timestep)
         return [
             self._ends.proj_out(modulate(x, shift, scale, eps=EPS, implementation=kernels.modulate)) for x in outputs
         ]
+
+    def _embed(self, branch: Branch, common: torch.Tensor) -> torch.Tensor:
+        """Image states of a branch before the first block, its own to write into: [1, image tokens, dim]."""
+        return common.clone() if branch.tokens is None else self._ends.img_in(branch.tokens.to(self._parameter))

@@ -25,7 +25,7 @@ def _centred(length: int) -> torch.Tensor:
     return torch.arange(length) - (length - length // 2)
 
 
-def image_rotations(grids: Sequence[Grid], axes: Sequence[int]) -> torch.Tensor:
+def image_rotations(grids: Sequence[Grid], axes: Sequence[int], frames: Sequence[int] | None = None) -> torch.Tensor:
     """Unit complex rotations of all image tokens, target first, then the references.
 
     Image ``k`` has frame position ``k``; its rows run ``-(h - h//2) .. h//2 - 1`` and its columns likewise.
@@ -33,6 +33,7 @@ def image_rotations(grids: Sequence[Grid], axes: Sequence[int]) -> torch.Tensor:
     Args:
         grids: token rows and columns of the target and of every reference.
         axes: head dimensions given to frame, row and column; each is even.
+        frames: frame positions of the images; None counts from 0.
 
     Returns:
         complex64 [sum of h*w, sum(axes) / 2].
@@ -40,7 +41,7 @@ def image_rotations(grids: Sequence[Grid], axes: Sequence[int]) -> torch.Tensor:
     Source: huggingface/diffusers@v0.42.1:src/diffusers/models/transformers/transformer_qwenimage.py (QwenEmbedRope).
     """
     parts = []
-    for frame, (rows, columns) in enumerate(grids):
+    for frame, (rows, columns) in zip(frames or range(len(grids)), grids, strict=True):
         by_frame = _rotations(torch.tensor([frame]), axes[0]).expand(rows * columns, -1)
         by_row = _rotations(_centred(rows), axes[1]).repeat_interleave(columns, dim=0)
         by_column = _rotations(_centred(columns), axes[2]).repeat(rows, 1)

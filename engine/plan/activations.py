@@ -95,7 +95,9 @@ def step_bytes(model: TransformerFacts, job: JobFacts, s: int, linear: Linear, k
     joint, widest = image + text, max(image, text)
     rotated = FLOAT_BYTES * 3 + (s if s < FLOAT_BYTES else 0)
     attention = max(
-        (5 * joint + text) * d * s + attention_scratch(kernel, joint, d, d // model.head_dim, s),
+        (5 * joint + text) * d * s
+        + attention_scratch(kernel, joint, d, d // model.head_dim, s)
+        + _weighing(model, job, s),
         (2 * joint + 2 * text) * d * s + rotated * widest * d,
         (3 * joint + 2 * text + widest) * d * s + linear.scratch(joint, d, d),
     )
@@ -110,6 +112,14 @@ def step_bytes(model: TransformerFacts, job: JobFacts, s: int, linear: Linear, k
     return _lasting(model, job, s) + max(attention, feed_forward, guidance)
 
 
+def _weighing(model: TransformerFacts, job: JobFacts, s: int) -> int:
+    """Joining attention over runs of keys: two parts as they come and, below float32, in it, and what they make."""
+    if not job.steered:
+        return 0
+    leading = job.target_tokens + max(job.text_tokens)
+    return leading * model.dim * (s + FLOAT_BYTES + (2 * FLOAT_BYTES if s < FLOAT_BYTES else 0))
+
+
 def _lasting(model: TransformerFacts, job: JobFacts, s: int) -> int:
     d, image = model.dim, job.target_tokens + job.reference_tokens
     per_branch = [
@@ -117,7 +127,12 @@ def _lasting(model: TransformerFacts, job: JobFacts, s: int) -> int:
         for text in job.text_tokens
     ]
     latents = model.in_channels * (2 * image * s + job.target_tokens * (FLOAT_BYTES + s))
-    return SMALL_BYTES + image * d * s + sum(per_branch) + latents
+    if job.steered:
+        latents += model.in_channels * (image * (s + FLOAT_BYTES) + 6 * job.target_tokens * FLOAT_BYTES)
+    others = (job.casts - 1) * sum(
+        text * (d + model.joint) * s + (image + text) * model.head_dim // 2 * COMPLEX_BYTES for text in job.text_tokens
+    )
+    return SMALL_BYTES + image * d * s + sum(per_branch) + others + latents
 
 
 def rows_bytes(model: TransformerFacts, job: JobFacts, item: int) -> int:

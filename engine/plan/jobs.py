@@ -41,6 +41,9 @@ class JobFacts:
         rcm: the region of change is found while the run goes on.
         words: the request as it is typed, for the line to paste.
         notes: what was assumed.
+        encoded: token rows and columns of pictures that the VAE sees beside the references.
+        casts: how many different sets of pictures the steps see.
+        steered: references weigh otherwise than trained, or a part of the picture is kept.
     """
 
     kind: str
@@ -56,6 +59,9 @@ class JobFacts:
     rcm: bool = False
     words: str = ""
     notes: tuple[str, ...] = ()
+    encoded: tuple[Size, ...] = ()
+    casts: int = 1
+    steered: bool = False
 
     @property
     def branches(self) -> int:
@@ -79,12 +85,12 @@ class JobFacts:
 
     @property
     def latent_sizes(self) -> tuple[Size, ...]:
-        """Rows and columns of latents: the target, then the references."""
-        return tuple((2 * rows, 2 * columns) for rows, columns in (self.target, *self.references))
+        """Rows and columns of latents: the target, then the references and what else is encoded."""
+        return tuple((2 * rows, 2 * columns) for rows, columns in (self.target, *self.references, *self.encoded))
 
     @classmethod
     def of(cls, job: Job, processor: Mapping[str, Any], *, dtype: str = "auto", words: str = "") -> JobFacts:
-        """Facts of a resolved request.
+        """Facts of a resolved request: of all pictures that any step sees, so that no step needs more.
 
         Args:
             job: the request against its model.
@@ -93,19 +99,26 @@ class JobFacts:
             words: the request as it is typed.
         """
         prompts = [job.prompt] if job.negative_prompt is None else [job.prompt, job.negative_prompt]
+        casts = job.casts
+        seen = sorted({place for cast in casts for place in cast})
+        shown = sorted({place for cast in casts for place in job.shown(cast)})
+        known = 0 in seen and job.references[0] == job.target
         return cls.build(
             kind=job.kind,
-            template=job.template,
+            template=job.template_for(tuple(shown)),
             prompts=prompts,
             target=job.target.grid,
-            references=[reference.grid for reference in job.references],
-            conditions=job.conditions,
+            references=[job.references[place].grid for place in seen],
+            conditions=[job.conditions[place] for place in shown],
             processor=processor,
             steps=job.num_inference_steps,
             pixels_multiple=job.target.multiple,
             dtype=dtype,
             rcm=job.keep.rule == "rcm",
             words=words,
+            encoded=(job.target.grid,) if job.anchored and not known else (),
+            casts=len(casts),
+            steered=job.steered,
         )
 
     @classmethod

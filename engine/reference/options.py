@@ -37,6 +37,11 @@ class StepReference:
     method: str
     strengths: tuple[float, ...]
 
+    @property
+    def present(self) -> tuple[int, ...]:
+        """Places of the pictures that are there: those whose strength is not 0."""
+        return tuple(k for k, strength in enumerate(self.strengths) if strength > 0)
+
 
 @dataclass(frozen=True)
 class Segment:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ...errors import KernelError
@@ -10,7 +11,7 @@ from .libraries import LIBRARIES
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ALIASES", "LIBRARIES", "MODES", "attend"]
+__all__ = ["ALIASES", "LIBRARIES", "MODES", "attend", "attend_weighted"]
 
 SDPA = ("sdpa", "sdpa-flash", "sdpa-efficient")
 MODES = (*SDPA, "math", *LIBRARIES)
@@ -56,6 +57,54 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, mod
     from .reference import attend as by_definition
 
     return by_definition(query, keys, values)[0]
+
+
+def attend_weighted(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    runs: Sequence[tuple[int, float | torch.Tensor]],
+    *,
+    mode: str = "sdpa",
+) -> torch.Tensor:
+    """``softmax(query keys^T / sqrt(hd) + gain) values`` per head, ``gain`` of each key told for runs of keys.
+
+    No matrix of gains is made: every run is attention of its own, and parts ``o_1``, ``o_2`` with logs of sums ``l_1``,
+    ``l_2`` (gains in them) join to ``o_1 + (o_2 - o_1) sigmoid(l_2 - l_1)`` in float32 or better. Runs of one gain, all
+    told, are :func:`attend`, to the bit.
+
+    Args:
+        query: [B, T, H, hd], float32, float64, bfloat16 or float16.
+        keys: [B, S, H, hd], dtype and device of query.
+        values: [B, S, H, hd], the same.
+        runs: (count, gain) from the first key to the last, gain a float, or floats [count] for one per key.
+        mode: as of :func:`attend`. ``xformers`` gives no sums; a gain per key is for ``sdpa``, ``sdpa-efficient`` and
+            ``math``, and rounded to the dtype of query.
+
+    Returns:
+        [B, T, H * hd] in the dtype of query.
+
+    Raises:
+        KernelError: as :func:`attend`; runs that do not add up to the keys; a mode that cannot weigh.
+    """
+    _check(query, keys, values)
+    mode = ALIASES.get(mode, mode)
+    if mode not in MODES:
+        raise KernelError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    counts = [count for count, _ in runs]
+    if sum(counts) != keys.shape[1] or min(counts, default=0) < 0:
+        raise KernelError(f"runs must add up to {keys.shape[1]} keys, got {counts}")
+    plain = [(count, float(gain) if isinstance(gain, int | float) else gain) for count, gain in runs]
+    for count, gain in plain:
+        if not isinstance(gain, int | float) and (gain.shape != (count,) or gain.device != query.device):
+            raise KernelError(f"gain must be [{count}] on {query.device}, got {list(gain.shape)} on {gain.device}")
+    from .weighted import attend as by_parts
+    from .weighted import joined
+
+    parts = joined(plain)
+    if len(parts) == 1 and isinstance(parts[0][1], float):
+        return attend(query, keys, values, mode=mode)
+    return by_parts(query, keys, values, parts, mode)
 
 
 def _check(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ...errors import KernelError
 
@@ -28,6 +28,7 @@ class Library:
         scale: name of its argument for ``1 / sqrt(hd)``.
         install: how to get it.
         half: it takes 16-bit numbers alone.
+        sums: the argument with which it also returns the logs of its sums [B, H, T]; empty where it has none.
     """
 
     module: str
@@ -36,6 +37,7 @@ class Library:
     scale: str
     install: str
     half: bool = True
+    sums: str = ""
 
 
 LIBRARIES = {
@@ -45,6 +47,7 @@ LIBRARIES = {
         {"dropout_p": 0.0, "causal": False},
         "softmax_scale",
         "pip install flash-attn --no-build-isolation",
+        sums="return_attn_probs",
     ),
     "xformers": Library(
         "xformers.ops",
@@ -61,6 +64,7 @@ LIBRARIES = {
         {"tensor_layout": "NHD", "is_causal": False, "pv_accum_dtype": "fp32"},
         "sm_scale",
         "pip install git+https://github.com/thu-ml/SageAttention (version 2, built from source)",
+        sums="return_lse",
     ),
 }
 """Source: Dao-AILab/flash-attention, facebookresearch/xformers, thu-ml/SageAttention@d1a57a5:sageattention/core.py."""
@@ -110,7 +114,28 @@ def function_of(mode: str) -> Callable[..., torch.Tensor]:
 
 def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mode: str) -> torch.Tensor:
     """See ``kernels.attention.attend``."""
+    return _checked(mode, query)(query, keys, values, **{LIBRARIES[mode].scale: query.shape[-1] ** -0.5}).flatten(2)
+
+
+def attend_with_sums(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, mode: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention [B, T, H, hd] and the log of the sum of exponentials per query [B, T, H].
+
+    Raises:
+        KernelError: the library returns no sums, or there is a bias, which none takes.
+    """
     library = LIBRARIES[mode]
-    if library.half and query.element_size() != HALF_BYTES:
+    if not library.sums or bias is not None:
+        missing = "gains per key" if library.sums else "gains"
+        raise KernelError(f"attention must be sdpa where references have {missing}, got {mode!r}")
+    arguments = {library.scale: query.shape[-1] ** -0.5, library.sums: True}
+    found = cast(Any, _checked(mode, query)(query, keys, values, **arguments))
+    return found[0], found[1].transpose(1, 2)
+
+
+def _checked(mode: str, query: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """The function of a mode, if it takes a query of this dtype."""
+    if LIBRARIES[mode].half and query.element_size() != HALF_BYTES:
         raise KernelError(f"query must be bfloat16 or float16 for {mode}, got {query.dtype}")
-    return function_of(mode)(query, keys, values, **{library.scale: query.shape[-1] ** -0.5}).flatten(2)
+    return function_of(mode)

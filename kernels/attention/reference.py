@@ -8,13 +8,16 @@ CHUNK_SCORES = 8 << 20
 """Scores that are held at a time."""
 
 
-def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``p = exp(q k^T / sqrt(hd) - lse)``, ``out = p v``, with ``lse`` the log of the sum of exponentials per query.
+def attend(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``p = exp(q k^T / sqrt(hd) + bias - lse)``, ``out = p v``, ``lse`` the log of the sum of exponentials.
 
     Args:
         query: [B, T, H, hd].
         keys: [B, S, H, hd].
         values: [B, S, H, hd].
+        bias: float32 [S], or None for zeros.
 
     Returns:
         [B, T, H * hd] in the dtype of query, and lse float32 [B, T, H], with which parts over other keys can be joined.
@@ -28,6 +31,8 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> tup
         for start in range(0, tokens, step):
             rows = slice(start, start + step)
             scores = (query[:, rows, head].float() * width**-0.5) @ k.transpose(1, 2)
+            if bias is not None:
+                scores += bias
             lse[:, rows, head] = total = scores.logsumexp(-1)
             out[:, rows, head] = (scores.sub_(total[..., None]).exp_() @ v).to(out.dtype)
     return out.flatten(2), lse

@@ -99,3 +99,41 @@ def test_a_mask_that_cannot_be_used_is_refused_and_nothing_written(small: Path, 
     Image.new("L", (63, 64) if bad == "size" else (64, 64), 255 if bad == "size" else 0).save("mask.png")
     assert main(["edit", "photo.png", "x y", "--mask", "mask.png", "-o", "out.png"]) == 3
     assert "mask.png must be" in capsys.readouterr().err and not Path("out.png").exists()
+
+
+def test_R02_R06_R07_references_by_flag(engine, run) -> None:
+    plain = asked(engine, run).reference
+    assert (plain.method, plain.strength) == ("default", 1.0)
+    made = asked(engine, run, "--reference-method", "concat:0.5,inject", "--reference_strength", "0.2:1.0").reference
+    assert (made.method, made.strength) == ("concat:0.5,inject", "0.2:1.0")
+    code, _, err = run("edit", "photo.png", "x", "--reference-method", "mix")
+    assert code == 2 and "default, inject, concat, cross_attn" in err
+    assert run("edit", "photo.png", "x", "--reference-strength", "2.1")[0] == 2
+
+
+def test_R22_one_strength_and_one_mask_per_picture(engine, run) -> None:
+    assert run("edit", "photo.png", "other.png", "-p", "x", "--reference-strength", "1", "0")[0] == 0
+    assert engine.requests[-1].reference.strength == ("1", "0")
+    words = ["--reference-mask", "photo.png", "other.png", "--mask-vision", "off", "--negative-reference", "off"]
+    assert run("edit", "photo.png", "other.png", "-p", "x", *words)[0] == 0
+    made = engine.requests[-1].reference
+    assert made.masks == ("photo.png", "other.png") and not made.mask_vision and not made.negative
+    assert run("edit", "photo.png", "x", "--reference-mask", "photo.png", "other.png")[0] == 2
+
+
+def test_R17_R18_R19_presets_and_edit_types_by_flag_and_flags_beside_them_win(engine, run) -> None:
+    assert asked(engine, run, "--preset", "replace").reference.method == "cross_attn"
+    made = asked(engine, run, "--edit-type", "colour", "--reference-strength", "0.8")
+    assert (made.reference.method, made.reference.strength, made.denoise) == ("inject", "0.8", 0.4)
+    assert asked(engine, run, "--denoise", "0.5").denoise == 0.5
+    assert run("edit", "photo.png", "x", "--preset", "style", "--edit-type", "style")[0] == 2
+    assert run("edit", "photo.png", "x", "--denoise", "1.5")[0] == 2
+
+
+def test_a_run_with_references_and_their_masks_reruns_to_the_bit(small: Path, capsys) -> None:
+    words = ["--size", "64x64", "--steps", "3", "--reference-method", "concat:0.5,inject", "--denoise", "0.7"]
+    words += ["--reference-strength", "0.3:0.9", "--reference-mask", "mask.png"]
+    assert main(["edit", "photo.png", "make it grayscale", *words, "-o", "out.png"]) == 0
+    assert main(["rerun", "out.png", "-o", "again.png"]) == 0
+    with Image.open("out.png") as first, Image.open("again.png") as again:
+        assert (np.asarray(first) == np.asarray(again)).all()

@@ -14,7 +14,7 @@ from pipelines import shared_pipeline
 from qengine import Engine
 from qengine.engine.ceiling import AllocationMeter
 from qengine.engine.defaults import DEFAULTS
-from qengine.engine.dit import QwenImageTransformer
+from qengine.engine.dit import Emphasis, QwenImageTransformer, Run
 from qengine.engine.encoder import PromptEncoder
 from qengine.engine.plan import (
     Budget,
@@ -93,6 +93,22 @@ def test_a_step_allocates_no_more_than_predicted(target, references, texts, dtyp
         latents = torch.randn(1, job.target_tokens, 64)
         seen = torch.randn(1, job.reference_tokens, 64, dtype=dtype) if references else None
         transformer.velocity(latents.to(dtype), seen, branches, table, first)
+    rows = rows_bytes(model.transformer, job, s) + (rows_bytes(model.transformer, job, 4) if s < 4 else 0)
+    step = step_bytes(model.transformer, job, s, Linear("torch", s))
+    holds(rows + max(step, modulation_bytes(model.transformer, job)), live.peak)
+
+
+@settings(PROPERTY, max_examples=6)
+@given(target=GRIDS, picture=GRIDS, text=st.integers(1, 400), dtype=DTYPES)
+def test_a_step_whose_references_weigh_less_allocates_no_more_than_predicted(target, picture, text, dtype) -> None:
+    model, transformer = facts(), transformer_of(dtype)
+    job, s = replace(job_of(target, [picture], [text]), steered=True), dtype.itemsize
+    with torch.no_grad(), AllocationMeter() as live:
+        table = transformer.table([first := float(torch.rand(())), 0.25])
+        branch = transformer.branch(torch.randn(text, 64, dtype=dtype), [target, picture])
+        weighed = replace(branch, emphasis=Emphasis((Run(job.reference_tokens, -0.5),)))
+        seen = torch.randn(1, job.reference_tokens, 64, dtype=dtype)
+        transformer.velocity(torch.randn(1, job.target_tokens, 64).to(dtype), seen, [weighed], table, first)
     rows = rows_bytes(model.transformer, job, s) + (rows_bytes(model.transformer, job, 4) if s < 4 else 0)
     step = step_bytes(model.transformer, job, s, Linear("torch", s))
     holds(rows + max(step, modulation_bytes(model.transformer, job)), live.peak)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from qengine.errors import KernelError
-from qengine.kernels.attention import ALIASES, LIBRARIES, MODES, attend, libraries, reference
+from qengine.kernels.attention import ALIASES, LIBRARIES, MODES, attend, attend_weighted, libraries, reference
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -39,7 +39,7 @@ def error(made: torch.Tensor, expected: torch.Tensor) -> float:
     return float((made.double() - expected).norm() / expected.norm())
 
 
-def fake(monkeypatch: pytest.MonkeyPatch, mode: str, answer: Callable[..., torch.Tensor]) -> None:
+def fake(monkeypatch: pytest.MonkeyPatch, mode: str, answer: Callable[..., Any]) -> None:
     """Put a library in the place of the real one."""
     library = LIBRARIES[mode]
     package, _, inner = library.module.partition(".")
@@ -189,3 +189,56 @@ def test_naming_the_modes_loads_no_torch() -> None:
     code = "import sys, qengine.kernels.attention; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def weigh(given: Tensors, gains: torch.Tensor) -> torch.Tensor:
+    q, k, v = (x.double().transpose(1, 2) for x in given)
+    scores = q @ k.transpose(2, 3) * given[0].shape[-1] ** -0.5 + gains
+    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["sdpa", "math"])
+def test_gains_of_runs_of_keys_are_added_to_the_scores(mode: str, dtype: torch.dtype) -> None:
+    given = tensors(31, 77, dtype=dtype)
+    per_key = torch.randn(20)
+    runs = [(40, 0.0), (17, -1.5), (20, per_key)]
+    expected = weigh(given, torch.cat([torch.zeros(40), torch.full((17,), -1.5), per_key]).double())
+    made = attend_weighted(*given, runs, mode=mode)
+    assert made.dtype == dtype and made.shape == (2, 31, 60)
+    assert error(made, expected) <= (2e-6 if dtype == torch.float32 else 8e-3)  # a bfloat16 has 8 bits
+
+
+def test_gains_in_float64_are_exact_and_equal_gains_are_plain_attention_to_the_bit() -> None:
+    given = tensors(9, 30, dtype=torch.float64)
+    made = attend_weighted(*given, [(10, 0.0), (20, 0.7)])
+    assert error(made, weigh(given, torch.tensor([0.0] * 10 + [0.7] * 20, dtype=torch.float64))) < 1e-14
+    assert torch.equal(attend_weighted(*given, [(10, 0.3), (0, 9.0), (20, 0.3)]), attend(*given))
+
+
+def test_gains_that_do_not_fit_and_modes_that_cannot_weigh_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = tensors(4, 6, dtype=torch.float16)
+    with pytest.raises(KernelError, match="runs must add up to 6 keys, got"):
+        attend_weighted(*given, [(4, 0.0), (1, 1.0)])
+    with pytest.raises(KernelError, match=r"gain must be \[2\]"):
+        attend_weighted(*given, [(4, 0.0), (2, torch.zeros(3))])
+    with pytest.raises(KernelError, match="mode must be one of"):
+        attend_weighted(*given, [(4, 0.0), (2, 1.0)], mode="mask")
+    with pytest.raises(KernelError, match="must be sdpa where references have gains, got 'xformers'"):
+        attend_weighted(*given, [(4, 0.0), (2, 1.0)], mode="xformers")
+
+
+@pytest.mark.parametrize("mode", ["flash", "sage"])
+def test_libraries_that_give_their_sums_can_weigh(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = tensors(7, 12, dtype=torch.float16)
+
+    def answer(query, keys, values, **arguments):
+        assert arguments[LIBRARIES[mode].sums] is True
+        made, sums = reference.attend(query, keys, values)
+        return made.unflatten(2, query.shape[2:]), sums.transpose(1, 2), None
+
+    fake(monkeypatch, mode, answer)
+    gains = torch.tensor([0.0] * 5 + [1.5] * 7)
+    assert error(attend_weighted(*given, [(5, 0.0), (7, 1.5)], mode=mode), weigh(given, gains)) < 2e-3
+    with pytest.raises(KernelError, match="gains per key"):
+        attend_weighted(*given, [(5, 0.0), (7, gains[5:])], mode=mode)
