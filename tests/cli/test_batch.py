@@ -153,9 +153,9 @@ def test_E13_cost_is_seconds_times_rate(engine, run) -> None:
 
 
 def start(folder: Path) -> subprocess.Popen:
-    words = ["batch", str(folder / "photos"), "-p", "x", "-o", str(folder / "out"), "--resume", "-q"]
+    words = ["batch", "photos", "-p", "x", "-o", "out", "--resume", "-q"]
     environment = {**os.environ, "QENGINE_FAKE_PHASE_SECONDS": "0.002", "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.Popen([sys.executable, SCRIPT, *words], env=environment, stdout=subprocess.DEVNULL)
+    return subprocess.Popen([sys.executable, SCRIPT, *words], cwd=folder, env=environment, stdout=subprocess.DEVNULL)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
