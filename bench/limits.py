@@ -13,19 +13,6 @@ from .rivals import in_turns
 Runs = Mapping[str, Callable[[], object]]
 
 
-def copy_seconds(nbytes: int, device: torch.device) -> float:
-    """Time to move ``nbytes`` bytes, half of them read and half written, by the best plain copy of this machine."""
-    return fastest(copies(nbytes, device), device)[1]
-
-
-def gemm_seconds(m: int, n: int, k: int, device: torch.device) -> float:
-    """Time of the best library product [M, K] x [K, N] of this machine, whatever its number format.
-
-    On CUDA bfloat16, int8 (``torch._int_mm``) and fp8 (``torch._scaled_mm``); on a CPU float32 and bfloat16.
-    """
-    return fastest(gemms(m, n, k, device), device)[1]
-
-
 def fastest(runs: Runs, device: torch.device, rounds: int = 3) -> tuple[str, float]:
     """Name and least seconds of the run that is fastest; one that is four times as slow as another is dropped early.
 

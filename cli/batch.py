@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
+from click import ClickException
 from click.core import ParameterSource
 
 from ..errors import BatchError, Cancelled, OutputError, QEngineError, RequestError
@@ -19,26 +20,16 @@ from .jobs import Job, read_jobs, read_line
 from .manifest import Manifest, identity
 from .meter import PackMeter
 from .options import EDIT_SECTIONS
-from .order import Order, check_files, edit_order, generate_order
-from .outputs import LATENTS, PICTURE, Target, check_preview_folder
+from .order import Order, check_files, edit_order, generate_order, read_by
+from .outputs import LATENTS, PICTURE, Target, check_preview_folder, check_targets
 from .progress import Talk
 from .run import Item, open_engine, run_one
 from .words import seconds_text
 
-SHARED = (
-    "model",
-    "dit",
-    "vae",
-    "text_encoder",
-    "tokenizer",
-    "model_version",
-    "device",
-    "dtype",
-    "packed",
-    "vram",
-    "ram",
-)
-"""What the engine is opened with: the same for all jobs of a batch."""
+SHARED = frozenset(
+    flag.key for title in ("Model", "Device", "Memory", "Kernels", "Words") for flag in EDIT_SECTIONS[title]
+) | {"output", "save_path"}
+"""What the engine, the words and the folder of the results are told: the same for all jobs of a batch."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +142,7 @@ class Batch:
     def _task(self, job: Job, order: Order, count: int) -> Task | dict[str, Any]:
         target = self._target(job, order, count)
         key = identity(order, order.seeds[0])
+        check_targets(target.paths, read_by(order), new=job.output is None and not self._manifest.began(target.paths))
         if self._manifest.done(key, target.paths):
             self._talk.say(f"{'kept':<8} {target.paths[0]}")
             return {"job": key, "state": "done", "where": job.where, "files": [str(path) for path in target.paths]}
@@ -160,13 +152,16 @@ class Batch:
         """The order of a job: its own words over those of the command line."""
         if job.error is not None:
             raise job.error
-        context = self._command.make_context("job", list(job.words))
+        try:
+            context = self._command.make_context("job", list(job.words))
+        except ClickException as error:
+            raise RequestError(error.format_message()) from error
         given = {
             name: value
             for name, value in context.params.items()
             if context.get_parameter_source(name) is not ParameterSource.DEFAULT
         }
-        shared = [name for name in SHARED if name in given]
+        shared = sorted(SHARED & given.keys())
         if shared:
             raise RequestError(
                 f"a job must leave {', '.join(shared)} to the command line, got its own",
@@ -218,6 +213,8 @@ class Batch:
     def _do(self, engine: Any, task: Task) -> dict[str, Any]:
         start = time.perf_counter()
         key = identity(task.order, task.order.seeds[0])
+        files = [str(path) for path in task.target.paths]
+        self._manifest.add({"job": key, "state": "begun", "where": task.job.where, "files": files})
         try:
             for path in task.target.paths:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -230,7 +227,7 @@ class Batch:
             "job": key,
             "state": "done",
             "where": task.job.where,
-            "files": [str(path) for path in task.target.paths],
+            "files": files,
             "seed": made["seed"],
             "seconds": round(time.perf_counter() - start, 3),
         }

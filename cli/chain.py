@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import RequestError
 from . import backend
 from .meter import PackMeter
-from .order import Order, check_files
-from .outputs import Target, choose
+from .order import Order, check_files, read_by
+from .outputs import Target, check_targets, choose
 from .progress import Talk
 from .run import Item, open_engine, run_one
 
@@ -30,17 +30,20 @@ def carry_out(order: Order, talk: Talk) -> int:
     """
     if order.stages and order.then:
         raise RequestError("a chain must be told in one way, got --stage and --then")
-    if len(order.seeds) > 1:
+    if len(order.seeds) != 1:
         raise RequestError(f"a chain must have one seed, got {len(order.seeds)}", hint="leave --count out")
     stages = [_stage(text) for text in order.stages]
     check_files(order.images)
     (target,) = choose(order.wish, order.seeds)
-    count = len(stages) or 1 + len(order.then)
-    backend.make_request(order.kind, order.request, order.images, next(iter(order.seeds)))
+    targets = list(_targets(target, len(stages) or 1 + len(order.then)))
+    for each in targets[:-1]:
+        check_targets(each.paths, read_by(order), new=True)
+    (seed,) = order.seeds
+    backend.make_request(order.kind, order.request, order.images, seed)
     for path in order.images:
         backend.check_picture(path)
     try:
-        results = _run(order, stages, list(_targets(target, count)), talk)
+        results = _run(order, stages, targets, talk)
     finally:
         talk.display.close()
     if order.as_json:
@@ -61,7 +64,7 @@ def _links(editor: _Editor, order: Order, stages: list[Stage]) -> Iterator[Link]
     from ..engine.chain import run_chain, run_stages
 
     options = {name: value for name, value in order.request.items() if name != "prompt"}
-    seed, prompt, first = order.seeds[0], order.request["prompt"], next(iter(order.images))
+    prompt, (first, *_), (seed,) = order.request["prompt"], order.images, order.seeds
     if not stages:
         return run_chain(editor, first, [prompt, *order.then], seed=seed, **options)
     reference = options.pop("reference", None)

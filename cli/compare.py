@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .order import check_files
-from .outputs import check_picture_file
+from .outputs import check_picture_file, free_picture
 from .words import table
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def show(before: str, after: str, values: Mapping[str, Any]) -> int:
     """
     named = [Path(name) for name in (before, after, values["mask"]) if name is not None]
     check_files(named)
-    output = Path(values["output"]) if values["output"] else Path(f"{Path(after).stem}_compared.png")
+    output = Path(values["output"]) if values["output"] else free_picture(f"{Path(after).stem}_compared")
     check_picture_file(output, tuple(named))
     found = _compare(*named)
     _write(output, found)

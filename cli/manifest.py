@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, OutputError, RequestError
-from .order import Order
+from .order import Order, read_by
 
 NAME = "manifest.jsonl"
 
 
 def identity(order: Order, seed: int) -> str:
-    """SHA-256 over everything that decides a result: request, seed, contents of the pictures, model, device."""
-    pictures = [hashlib.sha256(path.read_bytes()).hexdigest() for path in order.images]
-    content = [order.kind, order.request, seed, pictures, order.model]
+    """SHA-256 over everything that decides a result: request, seed, contents of pictures and masks, model, device."""
+    files = [hashlib.sha256(path.read_bytes()).hexdigest() for path in read_by(order) if path.is_file()]
+    content = [order.kind, order.request, seed, files, order.model]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -49,6 +49,11 @@ class Manifest:
         """Whether a result was written and is still there."""
         known = any(line.get("job") == key and line.get("state") == "done" for line in self.lines)
         return known and all(path.is_file() for path in files)
+
+    def began(self, files: tuple[Path, ...]) -> bool:
+        """Whether a job of this batch began to write these files, so that they are its own to replace."""
+        names = [str(path) for path in files]
+        return any(line.get("files") == names for line in self.lines)
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Add a line, on the disk when this returns.

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from .machine import hub_cache
 from .progress import Talk
 from .words import bytes_text, table
 
@@ -112,11 +111,6 @@ def free_disk_bytes(folder: Path) -> int:
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
     return shutil.disk_usage(existing).free
-
-
-def cache_words() -> str:
-    """The hub's cache folder and the room beside it."""
-    return f"{hub_cache()} ({bytes_text(free_disk_bytes(hub_cache()))} free)"
 
 
 def _state(model: Mapping[str, Any]) -> str:

@@ -293,7 +293,7 @@ COMPARE = (
         name="--output",
         short="-o",
         metavar="FILE",
-        help="Picture of the differences to write; <AFTER>_compared.png when not given.",
+        help="Picture of the differences to write; <AFTER>_compared.png, or the next free name, when not given.",
     ),
 )
 

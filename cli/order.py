@@ -79,6 +79,13 @@ def edit_order(words: Sequence[str], values: Values) -> Order:
     return _order("edit", prompt, tuple(images), values, make_wish(values, stem, append, read), steering(values))
 
 
+def read_by(order: Order) -> tuple[Path, ...]:
+    """The files that an order reads: its pictures, then its masks."""
+    keep, reference = order.request.get("keep"), order.request.get("reference")
+    masks = [*((keep.mask,) if keep is not None else ()), *(reference.masks if reference is not None else ())]
+    return (*order.images, *(Path(mask) for mask in masks if mask is not None))
+
+
 def generate_order(words: Sequence[str], values: Values) -> Order:
     """The order of ``qengine generate``.
 

@@ -137,6 +137,29 @@ def check_picture_file(path: Path, never: Sequence[Path]) -> None:
     _check_file(path, never)
 
 
+def check_targets(paths: Sequence[Path], never: Sequence[Path], *, new: bool) -> None:
+    """Check that results can be written under their names.
+
+    Args:
+        paths: of the results.
+        never: files that must not be overwritten: the inputs.
+        new: the names were chosen here, so nothing may stand there yet.
+
+    Raises:
+        RequestError: a name is one of the inputs.
+        OutputError: something stands there that is not to be overwritten, or cannot be.
+    """
+    for path in paths:
+        _check_file(path, never)
+        if new and os.path.lexists(path):
+            raise OutputError(f"{path} must be a new file, got one that is there", hint="name another place with -o")
+
+
+def free_picture(stem: str) -> Path:
+    """A picture's name in the current folder under which nothing stands yet."""
+    return Path(_free(Path(), stem, "images") + PICTURE)
+
+
 def check_preview_folder(folder: Path) -> None:
     """Raise OutputError where step pictures could not be written; the folder itself may be missing."""
     _check_folder(folder, create=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..engine.keep.options import COMPOSITES, MASK_SAMPLINGS, Keep
+from ..engine.presets import EDIT_TYPES, PRESETS, Settings, settle
+from ..engine.prompts import fill
+from ..engine.reference.options import METHODS, Reference
+from ..engine.request import RESIZE_CONTROLS
 from ..errors import RequestError
 from .flag import Flag
-
-RESIZE_CONTROLS = ("image", "official", "none")
-METHODS = ("default", "inject", "concat", "cross_attn")
-PRESETS = ("subtle", "style", "replace", "scene", "identity")
-EDIT_TYPES = ("colour", "style", "swap", "add", "remove", "lighting", "expression", "background")
 
 REFERENCE = (
     Flag(
@@ -36,11 +36,11 @@ REFERENCE = (
         many=True,
         help="One per picture: only what is white of it is a reference.",
     ),
-    Flag(name="--preset", choices=PRESETS, help="Method and strength by goal; flags beside it win."),
+    Flag(name="--preset", choices=tuple(PRESETS), help="Method and strength by goal; flags beside it win."),
     Flag(
         name="--edit-type",
         also=("--edit_type",),
-        choices=EDIT_TYPES,
+        choices=tuple(EDIT_TYPES),
         help="Method, strength and denoise by kind of edit; flags beside it win.",
     ),
     Flag(
@@ -115,12 +115,12 @@ KEEP = (
     ),
     Flag(
         name="--mask-sampling",
-        choices=("area", "bilinear"),
+        choices=MASK_SAMPLINGS,
         help="How the mask becomes tokens: their mean, or musubi-tuner's four pixels at each middle.",
     ),
     Flag(
         name="--composite",
-        choices=("auto", "pixels", "latents", "none"),
+        choices=COMPOSITES,
         help="What is put back at the end; pixels, and none for musubi-tuner's thresholds.",
     ),
     Flag(name="--feather", kind="int", metavar="N", help="Pixels of soft edge inside the mask; 8."),
@@ -162,10 +162,6 @@ def steering(values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         RequestError: flags contradict each other, or a value is out of range.
     """
-    from ..engine.keep.options import Keep
-    from ..engine.presets import Settings, settle
-    from ..engine.reference.options import Reference
-
     keep, how = _keep(values), _resize(values)
     settings = settle(**_reference(values))
     fields: dict[str, Any] = {} if settings == Settings(Reference()) else {"reference": settings.reference}
@@ -186,8 +182,6 @@ def prompt_of(values: Mapping[str, Any]) -> str | None:
         return None
     if values["prompt"] is not None:
         raise RequestError("prompt must be given once, got --prompt and --template")
-    from ..engine.prompts import fill
-
     return fill(values["template"], fields)
 
 

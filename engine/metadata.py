@@ -63,11 +63,6 @@ def write_picture(path: str | Path, image: Image.Image, metadata: Mapping[str, A
         raise OutputError(f"{path} must hold its record, got: {error}", hint="write a .png") from error
 
 
-def write_png(path: str | Path, image: Image.Image, metadata: Mapping[str, Any] | None) -> None:
-    """Write a picture; the name the engine's callers know `write_picture` by."""
-    write_picture(path, image, metadata)
-
-
 def write_latents(path: str | Path, latents: torch.Tensor, metadata: Mapping[str, Any] | None) -> None:
     """Write ``latents`` as the tensor of that name in a safetensors file, whole or not at all.
 

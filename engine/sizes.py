@@ -81,17 +81,3 @@ def official_size(picture: Size, area: int) -> Size:
 def condition_size(picture: Size, defaults: Defaults) -> Size:
     """(width, height) at which the vision tower sees a picture: the model's area for it, whatever the VAE sees."""
     return calculate_dimensions(defaults.condition_area_pixels, picture[0] / picture[1])
-
-
-def check_resize(*, to_image: bool, to_official: bool) -> str | None:
-    """``--resize-control-to-image-size`` and ``--resize-control-to-official-size`` as one word, None for neither.
-
-    Raises:
-        RequestError: both are given.
-    """
-    if to_image and to_official:
-        raise RequestError(
-            "pictures must be resized in one way, got to the output's size and to the official size",
-            hint="--resize-control image or --resize-control official",
-        )
-    return "image" if to_image else "official" if to_official else None

@@ -74,11 +74,6 @@ class ZImageConfig:
         return int(self.dim / 3 * 8)
 
     @property
-    def time_dim(self) -> int:
-        """Width of the time embedding."""
-        return min(self.dim, MAX_TIME_CHANNELS)
-
-    @property
     def patch_channels(self) -> int:
         """Values of one image token: 2x2 latent cells."""
         return PATCH * PATCH * self.in_channels

@@ -62,7 +62,7 @@ def attend_with_sums(
     if bias is not None and kernel == "sdpa-flash" and mode == "sdpa":
         kernel = "sdpa-efficient"
     if bias is not None and kernel == "sdpa-flash":
-        raise KernelError("sdpa-flash must be without gains per key, got some", hint="--attention sdpa")
+        raise KernelError("sdpa-flash must be without gains per key, got some", hint="--attn-mode sdpa")
     q, k, v = (x.transpose(1, 2) for x in (query, keys, values))
     try:
         made, sums = _with_sums(q, k, v, None if bias is None else _spread(bias.to(query.dtype), q, keys), kernel)

@@ -38,7 +38,7 @@ def test_E20_a_folder_of_pictures_with_one_prompt_and_one_engine(engine, run) ->
     assert len(engine.opened) == 1 and engine.closed
     assert [request.prompt for request in engine.requests] == ["make it gray"] * 2
     assert [request.images[0].name for request in engine.encoded] == ["a.png", "b.png"]
-    assert [line["state"] for line in manifest("gray")] == ["done", "done"]
+    assert [line["state"] for line in manifest("gray")] == ["begun", "done"] * 2
 
 
 def test_json_lines_override_what_the_command_line_says(engine, run) -> None:
@@ -91,7 +91,8 @@ def test_one_bad_input_does_not_stop_the_rest_and_the_exit_code_is_8(engine, run
 def test_a_job_that_fails_in_the_engine_is_told_and_tried_again_on_resume(engine, run) -> None:
     engine.error = InputError("photo.png must be lucky, got none")
     assert run("batch", ".", "-p", "x", "-o", "out")[0] == 8
-    assert [line["error"] for line in manifest("out")] == ["photo.png must be lucky, got none"] * 2
+    told = [line["error"] for line in manifest("out") if line["state"] == "failed"]
+    assert told == ["photo.png must be lucky, got none"] * 2
     engine.error = None
     assert run("batch", ".", "-p", "x", "-o", "out")[0] == 2
     assert run("batch", ".", "-p", "x", "-o", "out", "--resume")[0] == 0
@@ -109,12 +110,46 @@ def test_resume_does_only_what_is_missing_changed_or_lost(engine, run) -> None:
     assert [request.images[0].name for request in engine.requests[done:]] == ["other.png", "photo.png"]
 
 
+def test_a_word_that_the_parser_refuses_fails_its_job_alone(engine, run) -> None:
+    jobs = write_jobs(
+        Path("jobs.jsonl"),
+        {"image": "photo.png", "prompt": "x", "steps": "many"},
+        {"image": "photo.png", "prompt": "x", "weights": "int8"},
+        {"image": "photo.png", "prompt": "x", "attn_mode": "math"},
+        {"image": "photo.png", "prompt": "good"},
+    )
+    code, out, err = run("batch", jobs, "-o", "out")
+    assert code == 8 and out.split() == ["out/photo_edited.png"]
+    assert "many" in err and "must leave weights" in err and "must leave attn_mode" in err
+
+
+def test_inputs_and_files_of_others_are_never_overwritten(engine, run) -> None:
+    before = Path("photo.png").read_bytes()
+    jobs = write_jobs(Path("jobs.jsonl"), {"image": "photo.png", "prompt": "x", "output": "photo.png"})
+    code, _, err = run("batch", jobs, "-o", ".")
+    assert code == 8 and "must differ from the input pictures" in err and Path("photo.png").read_bytes() == before
+    Path("mine").mkdir()
+    Path("mine/photo_edited.png").write_bytes(b"mine")
+    code, _, err = run("batch", ".", "-p", "x", "-o", "mine")
+    assert code == 8 and "must be a new file" in err
+    assert Path("mine/photo_edited.png").read_bytes() == b"mine" and Path("mine/other_edited.png").exists()
+
+
+def test_a_changed_mask_is_another_job(engine, run) -> None:
+    Image.new("L", (40, 20), 255).save("mask.png")
+    jobs = write_jobs(Path("jobs.jsonl"), {"image": "photo.png", "prompt": "x", "mask": "mask.png"})
+    assert run("batch", jobs, "-o", "out")[0] == 0
+    assert run("batch", jobs, "-o", "out", "--resume")[0] == 0 and len(engine.requests) == 1
+    Image.new("L", (40, 20), 128).save("mask.png")
+    assert run("batch", jobs, "-o", "out", "--resume")[0] == 0 and len(engine.requests) == 2
+
+
 def test_a_cut_last_line_of_the_manifest_is_dropped(engine, run) -> None:
     assert run("batch", ".", "-p", "x", "-o", "out")[0] == 0
     with Path("out/manifest.jsonl").open("a") as file:
         file.write('{"job": "abc", "sta')
     assert run("batch", ".", "-p", "x", "-o", "out", "--resume")[0] == 0
-    assert len(manifest("out")) == 2
+    assert len(manifest("out")) == 4
 
 
 def test_lines_that_are_typed_run_as_they_come(engine, run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,4 +225,4 @@ def test_200_kills_at_random_moments_leave_what_an_unbroken_run_leaves(tmp_path:
     assert contents(broken / "out") == contents(whole / "out") and rounds
     assert not list((broken / "out").rglob("*.part"))
     lines = (broken / "out" / "manifest.jsonl").read_text().splitlines()
-    assert {json.loads(line)["state"] for line in lines} == {"done"}
+    assert {json.loads(line)["state"] for line in lines} == {"begun", "done"}

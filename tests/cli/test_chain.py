@@ -44,6 +44,14 @@ def test_what_makes_no_chain_is_refused(engine, run, words: tuple[str, ...]) -> 
     assert not engine.requests
 
 
+def test_pictures_on_the_way_never_overwrite_what_is_there(engine, run) -> None:
+    Path("out_1.png").write_bytes(Path("photo.png").read_bytes())
+    code, _, err = run("edit", "out_1.png", "-p", "a", "--then", "b", "-o", "out.png")
+    assert code == 2 and "must differ from the input pictures" in err
+    code, _, err = run("edit", "photo.png", "-p", "a", "--then", "b", "-o", "out.png")
+    assert code == 3 and "out_1.png must be a new file" in err and not engine.requests
+
+
 def test_a_batch_refuses_chains(engine, run) -> None:
     assert run("batch", ".", "-p", "x", "--then", "b", "-o", "out")[0] == 8
     assert not engine.requests

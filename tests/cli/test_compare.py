@@ -43,6 +43,11 @@ def test_the_figures_outside_the_mask(pictures: Path, capsys: pytest.CaptureFixt
         assert made.size == (160, 112)
 
 
+def test_a_name_that_was_not_given_is_a_free_one(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("before.png", "after.png") == 0 and run("before.png", "after.png") == 0
+    assert capsys.readouterr().out.split()[-1] == "after_compared-1.png"
+
+
 @pytest.mark.parametrize("mask", ["mask.png", "clear.png"])
 def test_transparent_means_change_as_white_does(pictures: Path, capsys: pytest.CaptureFixture[str], mask: str) -> None:
     assert run("before.png", "after.png", "--mask", mask, "--json", "-o", "d.png") == 0

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from qengine.engine import metadata
-from qengine.engine.metadata import read_metadata, write_latents, write_picture, write_png
+from qengine.engine.metadata import read_metadata, write_latents, write_picture
 from qengine.errors import InputError, OutputError
 from safetensors.torch import load_file
 
@@ -49,7 +49,7 @@ def _text(path: Path) -> dict[str, Any]:
 
 def test_E10_the_output_is_a_png_with_the_same_pixels_and_metadata(tmp_path: Path) -> None:
     path = tmp_path / "out.png"
-    write_png(path, IMAGE, RECORD)
+    write_picture(path, IMAGE, RECORD)
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     with Image.open(path) as image:
         assert np.array_equal(np.asarray(image), np.asarray(IMAGE))
@@ -73,7 +73,7 @@ def test_X04_latents_carry_the_record_too(tmp_path: Path) -> None:
 
 def test_the_parameters_are_spelled_as_other_tools_read_them(tmp_path: Path) -> None:
     path = tmp_path / "out.png"
-    write_png(path, IMAGE, RECORD)
+    write_picture(path, IMAGE, RECORD)
     assert _text(path)["parameters"].splitlines() == [
         "make it night, 夜 <b>&",
         "Negative prompt: blurry",
@@ -117,7 +117,7 @@ def test_any_prompt_survives(tmp_path_factory: pytest.TempPathFactory, prompt: s
 
 def test_a_prompt_of_20000_characters_fits_a_png_and_is_refused_in_a_jpeg(tmp_path: Path) -> None:
     record = RECORD | {"request": RECORD["request"] | {"prompt": "夜" * 20_000}}
-    write_png(tmp_path / "out.png", IMAGE, record)
+    write_picture(tmp_path / "out.png", IMAGE, record)
     assert read_metadata(tmp_path / "out.png") == record
     with pytest.raises(OutputError, match=r"out\.jpg") as caught:
         write_picture(tmp_path / "out.jpg", IMAGE, record)
@@ -133,7 +133,7 @@ def test_an_unknown_suffix_lists_the_known_ones(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written_is_an_output_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError) as caught:
-        write_png(tmp_path / "file" / "out.png", IMAGE, RECORD)
+        write_picture(tmp_path / "file" / "out.png", IMAGE, RECORD)
     assert caught.value.exit_code == 3
 
 
@@ -146,7 +146,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OutputError, match="No space"):
-        write_png(path, IMAGE, RECORD)
+        write_picture(path, IMAGE, RECORD)
     assert [entry.name for entry in tmp_path.iterdir()] == ["out.png"]
     assert path.read_bytes() == b"old"
 
@@ -200,7 +200,7 @@ def test_a_chunk_that_claims_four_gigabytes_is_not_allocated(tmp_path: Path) -> 
 
 def test_the_json_in_the_file_is_plain_ascii(tmp_path: Path) -> None:
     path = tmp_path / "out.png"
-    write_png(path, IMAGE, RECORD)
+    write_picture(path, IMAGE, RECORD)
     text = _text(path)["qengine"]
     assert text.isascii()
     assert json.loads(text) == RECORD

@@ -9,7 +9,7 @@ from PIL import Image
 from qengine import EditRequest
 from qengine.engine.defaults import DEFAULTS
 from qengine.engine.job import Geometry, resolve
-from qengine.engine.sizes import check_resize, condition_size, official_size, reference_size, target_size
+from qengine.engine.sizes import condition_size, official_size, reference_size, target_size
 from qengine.errors import RequestError
 
 AREA = 1024 * 1024
@@ -50,15 +50,6 @@ def test_M19_common_shapes_have_multiples_of_32(picture, size) -> None:
 
 def test_M19_the_official_area_is_the_models_own() -> None:
     assert reference_size((1080, 1920), (64, 64), "official", TINY) == (192, 336)
-
-
-def test_M20_both_ways_at_once_are_refused_and_neither_is_the_models_habit() -> None:
-    with pytest.raises(RequestError, match="resized in one way") as caught:
-        check_resize(to_image=True, to_official=True)
-    assert caught.value.exit_code == 2
-    assert check_resize(to_image=True, to_official=False) == "image"
-    assert check_resize(to_image=False, to_official=True) == "official"
-    assert check_resize(to_image=False, to_official=False) is None
 
 
 @pytest.mark.parametrize("picture", [(640, 480), (1001, 333), (17, 31), (1, 400)])
