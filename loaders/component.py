@@ -41,9 +41,9 @@ def open_transformer(place: Path) -> Component:
         CheckpointError: missing, incomplete, quantised by anything but quanto, or of another kind than its config says.
     """
     files = component_files(place, "transformer")
-    rename = transformer_renamer(_stored_names(files))
-    checkpoint = _open(files, rename, "transformer")
-    config = _config(place, "_class_name", "QwenImageTransformer2DModel")
+    rename = transformer_renamer(stored_names(files))
+    checkpoint = open_checkpoint(files, rename, "transformer")
+    config = stored_config(place, "_class_name", "QwenImageTransformer2DModel")
     config = detect.transformer_config(checkpoint) if config is None else config
     detect.check_transformer(config, checkpoint)
     if config.get("use_additional_t_cond") or config.get("use_layer3d_rope"):
@@ -54,8 +54,8 @@ def open_transformer(place: Path) -> Component:
 
 def open_vae(place: Path) -> Component:
     """The Qwen image VAE in a folder or a single file; raises CheckpointError as ``open_transformer``."""
-    checkpoint = _open(component_files(place, "vae"), None, "vae")
-    config = _config(place, "_class_name", "AutoencoderKLQwenImage")
+    checkpoint = open_checkpoint(component_files(place, "vae"), None, "vae")
+    config = stored_config(place, "_class_name", "AutoencoderKLQwenImage")
     config = detect.vae_config(checkpoint) if config is None else config
     detect.check_vae(config, checkpoint)
     checkpoint.require(shapes.vae_shapes(config), "Qwen image VAE")
@@ -64,8 +64,8 @@ def open_vae(place: Path) -> Component:
 
 def open_text_encoder(place: Path) -> Component:
     """Qwen2.5-VL in a folder or a single file; raises CheckpointError as ``open_transformer``."""
-    checkpoint = _open(component_files(place, "text_encoder"), text_encoder_name, "text encoder")
-    config = _config(place, "model_type", "qwen2_5_vl")
+    checkpoint = open_checkpoint(component_files(place, "text_encoder"), text_encoder_name, "text encoder")
+    config = stored_config(place, "model_type", "qwen2_5_vl")
     config = detect.text_encoder_config(checkpoint) if config is None else config
     detect.check_text_encoder(config, checkpoint)
     checkpoint.require(shapes.text_encoder_shapes(config), "Qwen2.5-VL text encoder", ignore=("lm_head.weight",))
@@ -128,7 +128,17 @@ def component_files(place: Path, name: str) -> list[Path]:
     raise CheckpointError(f"{place} must hold a safetensors file, got none", hint=_RESUME)
 
 
-def _open(files: list[Path], rename: Callable[[str], str | None] | None, subject: str) -> Checkpoint:
+def open_checkpoint(files: list[Path], rename: Callable[[str], str | None] | None, subject: str) -> Checkpoint:
+    """The tensors of files under our names, quanto's dequantised.
+
+    Args:
+        files: a single file, or the shards' index.
+        rename: stored name to ours, None for a tensor that is dropped; None keeps all names.
+        subject: what it is, for the message.
+
+    Raises:
+        CheckpointError: a file is damaged, or quantised in a way that is not read.
+    """
     checkpoint = Checkpoint.open(files, rename)
     if detect_quanto(checkpoint) is not None:
         checkpoint = DequantisedCheckpoint(checkpoint)
@@ -136,14 +146,14 @@ def _open(files: list[Path], rename: Callable[[str], str | None] | None, subject
     return checkpoint
 
 
-def _stored_names(files: list[Path]) -> list[str]:
+def stored_names(files: list[Path]) -> list[str]:
     """Names as stored, for the choice of a renaming; an index names them without opening the shards."""
     if files[0].name.endswith(".index.json"):
         return list(read_json(files[0]).get("weight_map") or ())
     return list(read_header(files[0]).tensors)
 
 
-def _config(place: Path, key: str, kind: str) -> dict[str, Any] | None:
+def stored_config(place: Path, key: str, kind: str) -> dict[str, Any] | None:
     """The config.json of a folder, or the one beside a single file when it is of this kind; None without one."""
     file = (place if place.is_dir() else place.parent) / "config.json"
     if not file.is_file():

@@ -184,7 +184,7 @@ class PromptEncoder:
         check = check or _proceed
         check()
         features = self._features(patches)
-        unique = _unique(tokens)
+        unique = distinct(tokens)
         common, *endings = self._segments([tokens[place] for place in unique], patches, features)
 
         def on_layer(_: int) -> None:
@@ -217,7 +217,7 @@ class PromptEncoder:
         """The common beginning of different token rows and their endings; one row is a beginning without endings."""
         grids = patches.merged_grids if patches is not None else ()
         positions = [mrope_positions(row, self._image_token, grids) for row in rows]
-        split = _common_length(rows) if len(rows) > 1 else len(rows[0])
+        split = common_length(rows) if len(rows) > 1 else len(rows[0])
         common = self._segment(rows[0][:split], positions[0][:, :split], features)
         if len(rows) == 1:
             return [common]
@@ -298,7 +298,7 @@ def _proceed() -> None:
     pass
 
 
-def _unique(rows: Sequence[torch.Tensor]) -> list[int]:
+def distinct(rows: Sequence[torch.Tensor]) -> list[int]:
     """Places of the first of each kind of equal rows."""
     places: list[int] = []
     for place, row in enumerate(rows):
@@ -307,7 +307,7 @@ def _unique(rows: Sequence[torch.Tensor]) -> list[int]:
     return places
 
 
-def _common_length(rows: Sequence[torch.Tensor]) -> int:
+def common_length(rows: Sequence[torch.Tensor]) -> int:
     """How many tokens all rows begin with; at least one token of each is left over."""
     most = min(len(row) for row in rows) - 1
     same = torch.stack([row[:most] == rows[0][:most] for row in rows]).all(dim=0)

@@ -12,7 +12,7 @@ import torch
 
 from ...errors import CheckpointError, RequestError
 from ..encoder.language import LanguageModel, Segment
-from ..encoder.prompt import PromptEncoder, _common_length, _unique
+from ..encoder.prompt import PromptEncoder, common_length, distinct
 from ..stack import NO_KERNELS, BlockStack, Hold, open_tape
 from ..stack.pack import Progress
 
@@ -147,7 +147,7 @@ class ZImageEncoder(PromptEncoder):
             CheckpointError: tokenizer or weights are missing or of another kind.
         """
         rows = [self.tokens(prompt, pictures, template) for prompt in prompts]
-        unique = [rows[place] for place in _unique(rows)]
+        unique = [rows[place] for place in distinct(rows)]
         common, *endings = self._shared(unique)
 
         def on_layer(_: int) -> None:
@@ -180,7 +180,7 @@ class ZImageEncoder(PromptEncoder):
         """The common beginning of different token rows and their endings; one row is a beginning without endings."""
         if len(rows) == 1:
             return [self._rows(rows[0], 0)]
-        split = _common_length(rows)
+        split = common_length(rows)
         return [self._rows(rows[0][:split], 0), *(self._rows(row[split:], split) for row in rows)]
 
     def _rows(self, tokens: torch.Tensor, start: int) -> Segment:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...errors import CheckpointError
 from ..checkpoint import Checkpoint
-from ..component import Component, _config, _open, _stored_names, component_files
+from ..component import Component, component_files, open_checkpoint, stored_config, stored_names
 from ..dequantised import DequantisedCheckpoint
 from ..header import TensorInfo
 from ..names import text_encoder_name, zimage_renamer
@@ -35,7 +35,7 @@ def is_zimage(place: Path) -> bool:
     Raises:
         CheckpointError: it is missing, or no safetensors file.
     """
-    names = _stored_names(component_files(place, "transformer"))
+    names = stored_names(component_files(place, "transformer"))
     return all(any(name.endswith(only) for name in names) for only in _ONLY_HERE)
 
 
@@ -46,8 +46,8 @@ def open_transformer(place: Path) -> Component:
         CheckpointError: missing, incomplete, quantised by anything but quanto, or of another kind than its config says.
     """
     files = component_files(place, "transformer")
-    checkpoint = split_fused(_open(files, zimage_renamer(_stored_names(files)), "transformer"))
-    config = _config(place, "_class_name", "ZImageTransformer2DModel")
+    checkpoint = split_fused(open_checkpoint(files, zimage_renamer(stored_names(files)), "transformer"))
+    config = stored_config(place, "_class_name", "ZImageTransformer2DModel")
     config = detect.transformer_config(checkpoint) if config is None else config
     if config.get("siglip_feat_dim") is not None:
         raise CheckpointError(f"{place} must be a Z-Image or Z-Image-Turbo transformer, got Z-Image-Omni")
@@ -58,8 +58,8 @@ def open_transformer(place: Path) -> Component:
 
 def open_vae(place: Path) -> Component:
     """The flux-type VAE in a folder or a single file; raises CheckpointError as ``open_transformer``."""
-    checkpoint = _open(component_files(place, "vae"), None, "vae")
-    config = _config(place, "_class_name", "AutoencoderKL")
+    checkpoint = open_checkpoint(component_files(place, "vae"), None, "vae")
+    config = stored_config(place, "_class_name", "AutoencoderKL")
     config = detect.vae_config(checkpoint) if config is None else config
     detect.check_vae(config, checkpoint)
     checkpoint.require(shapes.vae_shapes(config), "flux-type VAE")
@@ -68,8 +68,8 @@ def open_vae(place: Path) -> Component:
 
 def open_text_encoder(place: Path) -> Component:
     """Qwen3 in a folder or a single file; raises CheckpointError as ``open_transformer``."""
-    checkpoint = _open(component_files(place, "text_encoder"), text_encoder_name, "text encoder")
-    config = _config(place, "model_type", "qwen3")
+    checkpoint = open_checkpoint(component_files(place, "text_encoder"), text_encoder_name, "text encoder")
+    config = stored_config(place, "model_type", "qwen3")
     config = detect.text_encoder_config(checkpoint) if config is None else config
     detect.check_text_encoder(config, checkpoint)
     checkpoint.require(shapes.text_encoder_shapes(config), "Qwen3 text encoder", ignore=("lm_head.weight",))
