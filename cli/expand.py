@@ -71,9 +71,12 @@ def _list_end(words: Sequence[str], start: int, reserved: int) -> int:
 
 def _values_end(words: Sequence[str], start: int, reserved: int, flag: Flag) -> int:
     """Where a list of values ends; where a pattern says what a value is, before the first word that is none."""
-    end = _list_end(words, start, reserved)
-    strange = (place for place in range(start, end) if flag.accepts and not re.fullmatch(flag.accepts, words[place]))
-    return next(strange, end)
+    if not flag.accepts:
+        return _list_end(words, start, reserved)
+    end = start
+    while end < len(words) and end != reserved and re.fullmatch(flag.accepts, words[end]):
+        end += 1
+    return end
 
 
 def _prompt_position(words: Sequence[str], flags: Mapping[str, Flag]) -> int:

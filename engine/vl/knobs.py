@@ -27,6 +27,7 @@ BlendMode = Literal[
     "attention_weighted",
 ]
 Curve = Literal["linear", "ease_in", "ease_out"]
+Compression = Literal["truncate", "interpolate", "pool", "attention_pool"]
 Layers = int | Mapping[int, float]
 """One hidden layer, or several with their weights."""
 
@@ -100,6 +101,7 @@ class BlendKnobs:
         start_alpha: share at the first token in ``per_token``; at the last it is alpha.
         curve: between the two: ``linear``, ``ease_in`` or ``ease_out``.
         alphas: one share per token in ``per_token``, instead of a curve.
+        compression: how more rows than the transformer takes become as many; see ``compress_rows``.
 
     Raises:
         RequestError: a value is not one of these.
@@ -111,10 +113,12 @@ class BlendKnobs:
     start_alpha: float = 0.0
     curve: Curve = "linear"
     alphas: tuple[float, ...] | None = None
+    compression: Compression = "interpolate"
 
     def __post_init__(self) -> None:
         check_choice("blend mode", self.mode, BlendMode)
         check_choice("alpha curve", self.curve, Curve)
+        check_choice("compression", self.compression, Compression)
         check_share("start_alpha", self.start_alpha)
         if self.mode != "style_delta":
             check_share("alpha", self.alpha)

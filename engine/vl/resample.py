@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from ...errors import RequestError
-from .knobs import MAX_CAPTION_ROWS, check_choice
+from .knobs import MAX_CAPTION_ROWS, Compression, check_choice
 
 Resampling = Literal["linear", "area"]
-Compression = Literal["truncate", "interpolate", "pool", "attention_pool"]
 
 
 def resample(rows: torch.Tensor, length: int, how: Resampling = "linear") -> torch.Tensor:
