@@ -1,0 +1,255 @@
+"""One process at a queue: what it claims, that it is alive, and what others leave behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, SoftFileLock, Timeout
+
+from ...errors import OutputError
+from ..whole import write_whole
+from .folder import SUFFIX, JobFolder
+
+LEASE_SECONDS = 60.0
+BEATS_PER_LEASE = 4
+ATTEMPTS = 3
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A job that a worker holds.
+
+    Attributes:
+        name: of the job, without suffix.
+        path: of its file, as long as the claim is held.
+    """
+
+    name: str
+    path: Path
+
+    @property
+    def held(self) -> bool:
+        """Whether it still is: another may have taken it back after the heartbeat stood still."""
+        return self.path.exists()
+
+
+@dataclass(frozen=True)
+class _Pulse:
+    """A heartbeat of another worker, and when this process first saw it, by its own clock."""
+
+    beat: Any
+    since: float
+
+
+class Worker:
+    """Claims jobs, one rename each. Use ``with``: what it holds at the end is given back.
+
+    Args:
+        queue: the folder.
+        lease_seconds: its claims are taken back by workers of other machines when its heartbeat, which comes four
+            times as often, has stood still for so long; clocks of machines are not compared.
+        clock: seconds that never go back.
+
+    Attributes:
+        name: host, process and a random part: of one worker, and of no other ever.
+    """
+
+    def __init__(
+        self,
+        queue: JobFolder,
+        lease_seconds: float = LEASE_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.queue = queue
+        self._clock = clock
+        self.name = f"{_word(socket.gethostname())}-{os.getpid()}-{secrets.token_hex(4)}"
+        self._lease = lease_seconds
+        self._folder = queue.claimed / self.name
+        self._lock = FileLock(queue.workers / f"{self.name}.lock")
+        self._locked = False
+        self._pulses: dict[str, _Pulse] = {}
+        self._beats = 0
+        self._stop = threading.Event()
+        self._silent: OSError | OutputError | None = None
+        self._thread = threading.Thread(target=self._live, name="qengine-heartbeat", daemon=True)
+
+    def __enter__(self) -> Worker:
+        # On a file system without locks the heartbeat alone says who is alive.
+        with contextlib.suppress(NotImplementedError, OSError, Timeout):
+            self._lock.acquire(timeout=0)
+            # filelock itself may stand in a file that a kill leaves behind.
+            self._locked = not isinstance(self._lock, SoftFileLock)
+        self._beat()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._return(self.name)
+        with contextlib.suppress(OSError):
+            self._pulse_file(self.name).unlink(missing_ok=True)
+        if self._locked:
+            self._lock.release()
+            with contextlib.suppress(OSError):
+                Path(self._lock.lock_file).unlink(missing_ok=True)
+
+    def claim(self) -> Claim | None:
+        """The first job that waits, now held by this worker; None where none does.
+
+        Raises:
+            OutputError: the queue cannot be written, so that nobody would know that this worker is alive.
+        """
+        if self._silent is not None:
+            raise OutputError(f"the queue must stay writable, got: {self._silent}")
+        self.recover()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for name in self.queue.waiting():
+            path = self._folder / (name + SUFFIX)
+            try:
+                os.rename(self.queue.pending / path.name, path)
+            except FileNotFoundError:
+                continue
+            except PermissionError:
+                # Windows says so where another process is renaming the same file.
+                continue
+            return Claim(name, path)
+        return None
+
+    def give_back(self, claim: Claim) -> bool:
+        """Let another do the job; False where it was no longer held."""
+        return _move(claim.path, self.queue.pending)
+
+    def finish(self, claim: Claim) -> bool:
+        """The results are written; False where the job was no longer held."""
+        moved = _move(claim.path, self.queue.done)
+        if moved:
+            with contextlib.suppress(OSError):
+                self._reasons(claim).unlink(missing_ok=True)
+        return moved
+
+    def fail(self, claim: Claim, reason: str, *, final: bool) -> bool:
+        """Write down why a job failed, and give it back, or give it up.
+
+        Args:
+            claim: what failed.
+            reason: in words.
+            final: trying again would not help.
+
+        Returns:
+            Whether it was given up: final, or the third time.
+
+        Raises:
+            OutputError: the reason cannot be written; the claim is kept.
+        """
+        if not claim.held:
+            return False
+        path = self._reasons(claim)
+        told = path.read_text("utf-8") if path.is_file() else ""
+        line = " ".join(f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {self.name}: {reason}".split())
+        text = f"{told}{line}\n"
+        write_whole(path, lambda temporary: _write(temporary, text))
+        final = final or len(text.splitlines()) >= ATTEMPTS
+        _move(claim.path, self.queue.failed if final else self.queue.pending)
+        return final
+
+    def recover(self) -> list[str]:
+        """Put back what dead workers held; returns the names of the jobs."""
+        back = []
+        for folder in sorted(self.queue.claimed.glob("*")):
+            if folder.name == self.name or folder.name.startswith("."):
+                continue
+            if self._is_gone(folder.name):
+                back += self._return(folder.name)
+        return back
+
+    def others(self) -> int:
+        """Jobs that other workers are at."""
+        return sum(worker != self.name for worker, _ in self.queue.taken())
+
+    def _is_gone(self, other: str) -> bool:
+        pulse = _read(self._pulse_file(other))
+        if pulse.get("host") == _host():
+            lock = FileLock(self.queue.workers / f"{other}.lock")
+            try:
+                lock.acquire(timeout=0)
+            except (Timeout, OSError, NotImplementedError):
+                return False
+            lock.release()
+            return True
+        known = self._pulses.get(other)
+        if known is None or known.beat != pulse.get("beat"):
+            self._pulses[other] = _Pulse(pulse.get("beat"), self._clock())
+            return False
+        lease = pulse.get("lease")
+        wait = max(self._lease, lease) if isinstance(lease, int | float) else self._lease
+        return self._clock() - known.since > wait
+
+    def _return(self, other: str) -> list[str]:
+        folder = self.queue.claimed / other
+        names = sorted(path.stem for path in folder.glob(f"*{SUFFIX}"))
+        back = [name for name in names if _move(folder / (name + SUFFIX), self.queue.pending)]
+        # A worker that only slept goes on under its name, so its files in workers/ stay.
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        return back
+
+    def _live(self) -> None:
+        while not self._stop.wait(self._lease / BEATS_PER_LEASE):
+            try:
+                self._beat()
+            except (OSError, OutputError) as error:
+                self._silent = error
+                return
+
+    def _beat(self) -> None:
+        self._beats += 1
+        pulse = {"host": _host() if self._locked else None, "lease": self._lease, "beat": f"{self.name} {self._beats}"}
+        write_whole(self._pulse_file(self.name), lambda temporary: _write(temporary, json.dumps(pulse)))
+
+    def _pulse_file(self, worker: str) -> Path:
+        return self.queue.workers / f"{worker}.json"
+
+    def _reasons(self, claim: Claim) -> Path:
+        return self.queue.failed / f"{claim.name}.txt"
+
+
+def _move(path: Path, folder: Path) -> bool:
+    try:
+        os.rename(path, folder / path.name)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, "utf-8")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What a worker says of itself; nothing where it is gone or being replaced."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _host() -> str:
+    """Of this machine: name and network address, since copied machines share their names."""
+    return f"{_word(socket.gethostname())}-{uuid.getnode():012x}"
+
+
+def _word(text: str) -> str:
+    return "".join(letter if letter.isalnum() else "_" for letter in text)[:40]
