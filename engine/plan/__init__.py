@@ -2,9 +2,10 @@
 
 from .budget import Budget, Choices, parse_size, size_text
 from .choose import Ceilings
-from .facts import DeviceFacts, ModelFacts
+from .facts import DeviceFacts
 from .jobs import JobFacts, foresee
 from .make import Plan, make_plan
+from .model import ModelFacts
 from .phases import PhasePlan
 from .placement import Blocks
 

@@ -7,9 +7,11 @@ moment of a phase; where a path depends on the kernel, the kernel's own scratch 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
-from .facts import EncoderFacts, TransformerFacts
-from .jobs import JobFacts
+if TYPE_CHECKING:
+    from .jobs import JobFacts
+    from .qwen import QwenEncoder, QwenTransformer
 
 COMPLEX_BYTES = 8
 FLOAT_BYTES = 4
@@ -74,7 +76,7 @@ def attention_scratch(kernel: str, tokens: int, d: int, heads: int, s: int) -> i
     return 0 if kernel == "sdpa" else sums
 
 
-def step_bytes(model: TransformerFacts, job: JobFacts, s: int, linear: Linear, kernel: str = "sdpa") -> int:
+def step_bytes(model: QwenTransformer, job: JobFacts, s: int, linear: Linear, kernel: str = "sdpa") -> int:
     """One network evaluation of all branches: what lives through it, and the widest moment of a block.
 
     With ``d`` the width, ``I`` image tokens (``T`` of the target), ``L`` text tokens of a branch, ``J = I + L``:
@@ -112,7 +114,7 @@ def step_bytes(model: TransformerFacts, job: JobFacts, s: int, linear: Linear, k
     return _lasting(model, job, s) + max(attention, feed_forward, guidance)
 
 
-def _weighing(model: TransformerFacts, job: JobFacts, s: int) -> int:
+def _weighing(model: QwenTransformer, job: JobFacts, s: int) -> int:
     """Joining attention over runs of keys: two parts as they come and, below float32, in it, and what they make."""
     if not job.steered:
         return 0
@@ -120,7 +122,7 @@ def _weighing(model: TransformerFacts, job: JobFacts, s: int) -> int:
     return leading * model.dim * (s + FLOAT_BYTES + (2 * FLOAT_BYTES if s < FLOAT_BYTES else 0))
 
 
-def _lasting(model: TransformerFacts, job: JobFacts, s: int) -> int:
+def _lasting(model: QwenTransformer, job: JobFacts, s: int) -> int:
     d, image = model.dim, job.target_tokens + job.reference_tokens
     per_branch = [
         (image + 2 * text) * d * s + (image + text) * model.head_dim // 2 * COMPLEX_BYTES + text * model.joint * s
@@ -135,24 +137,53 @@ def _lasting(model: TransformerFacts, job: JobFacts, s: int) -> int:
     return SMALL_BYTES + image * d * s + sum(per_branch) + others + latents
 
 
-def rows_bytes(model: TransformerFacts, job: JobFacts, item: int) -> int:
+def rows_bytes(model: QwenTransformer, job: JobFacts, item: int) -> int:
     """Modulation rows of all steps and of timestep zero: ``(steps + 1) (12 blocks + 2) d`` elements."""
     return (job.steps + 1) * (12 * len(model.stack.blocks) + 2) * model.dim * item
 
 
-def modulation_bytes(model: TransformerFacts, job: JobFacts) -> int:
+def modulation_bytes(model: QwenTransformer, job: JobFacts) -> int:
     """Computing the modulation rows: one ``[6 d, d]`` weight in float32, and the rows of every block in float32."""
     return SMALL_BYTES + 6 * model.dim * (model.dim + 1) * FLOAT_BYTES + 2 * rows_bytes(model, job, FLOAT_BYTES)
 
 
-def language_bytes(model: EncoderFacts, job: JobFacts, s: int, linear: Linear) -> int:
+class Decoder(Protocol):
+    """Widths of decoder layers."""
+
+    @property
+    def hidden(self) -> int:
+        """Of states."""
+        ...
+
+    @property
+    def ffn(self) -> int:
+        """Inside the feed-forward layer."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """Of queries."""
+        ...
+
+    @property
+    def kv_width(self) -> int:
+        """Of keys and of values."""
+        ...
+
+    @property
+    def head_dim(self) -> int:
+        """Of one head."""
+        ...
+
+
+def decoder_bytes(model: Decoder, job: JobFacts, s: int, linear: Linear) -> int:
     """Decoder layers over the common beginning and the endings.
 
     With ``D`` the width, ``F`` the feed-forward width, ``W`` and ``V`` the widths of queries and of keys, ``n`` the
     longest run of tokens and ``N`` all of them:
 
     - through a pass: states before and after the layer ``2 N D s``, rotations ``2 N h s``, the common keys and values,
-      the masks of the endings, and the pictures' patches and rows;
+      and the masks of the endings;
     - norm ``n D (12 + s)``; attention ``n (2 D + 6 W + 4 V) s``; feed-forward ``n (3 D + 3 F) s``.
     """
     longest = max(job.prompt_tokens)
@@ -161,8 +192,6 @@ def language_bytes(model: EncoderFacts, job: JobFacts, s: int, linear: Linear) -
     masks = sum(ending * longest for ending in endings) * (1 + s)
     lasting = total * (2 * model.hidden + 2 * model.head_dim + 2 * model.kv_width) * s + masks
     lasting += total * (model.hidden + 6 * 8 + 2 * model.head_dim * FLOAT_BYTES)
-    patches = sum(rows * columns for rows, columns in job.patches)
-    lasting += patches * model.patch_values * FLOAT_BYTES + patches // model.merge**2 * model.hidden * s
     attention = longest * (2 * model.hidden + 6 * model.width + 4 * model.kv_width) * s
     feed_forward = longest * (3 * model.hidden + 3 * model.ffn) * s
     quantised = linear.scratch(longest, max(model.hidden, model.ffn), min(model.hidden, model.ffn))
@@ -170,7 +199,14 @@ def language_bytes(model: EncoderFacts, job: JobFacts, s: int, linear: Linear) -
     return SMALL_BYTES + lasting + max(norm, attention, feed_forward + quantised)
 
 
-def vision_bytes(model: EncoderFacts, job: JobFacts, s: int, linear: Linear) -> int:
+def language_bytes(model: QwenEncoder, job: JobFacts, s: int, linear: Linear) -> int:
+    """:func:`decoder_bytes`, with the pictures' patches and rows."""
+    patches = sum(rows * columns for rows, columns in job.patches)
+    pictures = patches * model.patch_values * FLOAT_BYTES + patches // model.merge**2 * model.hidden * s
+    return pictures + decoder_bytes(model, job, s, linear)
+
+
+def vision_bytes(model: QwenEncoder, job: JobFacts, s: int, linear: Linear) -> int:
     """The vision tower over all patches of all pictures.
 
     With ``n`` patches of ``P`` numbers, width ``H`` and feed-forward width ``F``: pixels ``n P (4 + s)``, cosine and

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from math import prod
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from ...loaders.shapes import text_config, vision_config
-from ..formats import DEAD_IN_LAST_BLOCK, slab_specs
+from ..formats import slab_specs
 from ..layout import SlabLayout
-from ..vae.config import VaeConfig, expected_shapes
 
 if TYPE_CHECKING:
     from ...loaders.component import Component
-    from ...loaders.source import ModelSource
+    from ..vae.cut import Cut
+    from .activations import Linear
+    from .jobs import JobFacts
 
 Shape = tuple[int, ...]
+Items = tuple[tuple[str, int], ...]
 NO_PROBES: Mapping[str, Any] = MappingProxyType({})
 
-NOT_IN_SLABS = ("img_mod.", "txt_mod.")
-"""Parameters of a transformer block that the modulation table takes the place of."""
-
-TIMED_DIMENSIONS = 5
+ALIGNMENT_BYTES = 64 << 10
+"""What a part takes beyond its numbers: small tensors are rounded up each."""
 
 NEVER_LOADED = ("language_model.embed_tokens.weight", "lm_head.weight")
 """Rows of the embedding table are gathered from the file, and the language head is never used."""
@@ -124,168 +122,143 @@ class Part:
         )
 
 
-@dataclass(frozen=True)
-class TransformerFacts:
-    """The transformer: geometry, its blocks without modulation and dead tensors, and the parameters of its ends."""
+class TransformerFacts(Protocol):
+    """What a plan asks of a diffusion transformer."""
 
-    part: Part
-    stack: Stack
-    dim: int
-    head_dim: int
-    joint: int
-    in_channels: int
-    ends_parameters: int
-    modulation_parameters: int
+    @property
+    def part(self) -> Part:
+        """As stored."""
+        ...
 
+    @property
+    def stack(self) -> Stack:
+        """The blocks that a step visits."""
+        ...
 
-@dataclass(frozen=True)
-class EncoderFacts:
-    """Qwen2.5-VL without embedding table and language head: decoder layers and vision tower.
+    @property
+    def ops(self) -> tuple[str, ...]:
+        """Ops of a step that have more than one implementation, beside linear layers."""
+        ...
 
-    Attributes:
-        width: columns of the queries; ``kv_width`` of keys and values.
-        patch_values: numbers in one patch.
-    """
-
-    part: Part
-    stack: Stack
-    hidden: int
-    ffn: int
-    width: int
-    kv_width: int
-    head_dim: int
-    vision_stack: Stack
-    vision_ends_parameters: int
-    vision_hidden: int
-    vision_ffn: int
-    vision_heads: int
-    patch_pixels: int
-    patch_values: int
-    merge: int
-
-
-@dataclass(frozen=True)
-class VaeFacts:
-    """The image VAE: its config, from which `vae.memory` tells its bytes."""
-
-    part: Part
-    config: VaeConfig
+    @property
+    def ends_parameters(self) -> int:
+        """Parameters that stay on the device beside the blocks."""
+        ...
 
     @property
     def used_parameters(self) -> int:
-        """Parameters that single images meet: the last temporal tap of every convolution."""
-        shapes = expected_shapes(self.config)
-        kept = (shape for name, shape in shapes.items() if ".time_conv." not in name)
-        return sum(prod(shape) // (shape[2] if len(shape) == TIMED_DIMENSIONS else 1) for shape in kept)
+        """Parameters that a run reads."""
+        ...
+
+    def rows_bytes(self, job: JobFacts, item: int) -> int:
+        """Modulation rows of a run, in numbers of ``item`` bytes."""
+        ...
+
+    def denoise_bytes(self, job: JobFacts, s: int, linear: Linear, attention: str) -> int:
+        """Most bytes beside weights, ends and rows that anything between the first prompt and the last step takes."""
+        ...
+
+    def once_bytes(self, plain: str) -> int:
+        """Host memory for what is read once per prompt and freed."""
+        ...
+
+    def step_flops(self, job: JobFacts) -> float:
+        """Operations of one step, all branches."""
+        ...
 
 
-@dataclass(frozen=True)
-class ModelFacts:
-    """A model in numbers; :meth:`of` takes them from headers and configs alone.
-
-    Attributes:
-        label: as the user wrote it.
-        variant: which Qwen-Image model it is.
-        transformer: the diffusion transformer.
-        encoder: the text encoder.
-        vae: the image VAE.
-    """
-
-    label: str
-    variant: str
-    transformer: TransformerFacts
-    encoder: EncoderFacts
-    vae: VaeFacts
-
-    @classmethod
-    def of(cls, source: ModelSource, keep: Collection[str] = ()) -> ModelFacts:
-        """Facts of an opened model.
-
-        Args:
-            source: the model.
-            keep: matrices of a transformer block that stay plain in every weight format.
-        """
-        return cls(
-            source.label,
-            source.variant,
-            _transformer(source.transformer, frozenset(keep)),
-            _encoder(source.text_encoder),
-            VaeFacts(Part.of(source.vae), VaeConfig.parse(source.vae.config)),
-        )
-
-    @cached_property
-    def parts(self) -> tuple[Part, Part, Part]:
-        """The components as stored."""
-        return self.transformer.part, self.encoder.part, self.vae.part
+class EncoderFacts(Protocol):
+    """What a plan asks of a text encoder."""
 
     @property
-    def multiple(self) -> int:
-        """Pixels per token side."""
-        return 2 * self.vae.config.scale_factor
+    def part(self) -> Part:
+        """As stored."""
+        ...
+
+    @property
+    def stack(self) -> Stack:
+        """The decoder layers that run."""
+        ...
+
+    def used_parameters(self, job: JobFacts) -> int:
+        """Parameters that the request reads."""
+        ...
+
+    def items(self, job: JobFacts, plain: str) -> Items:
+        """What stays on the device beside the layers: label and bytes."""
+        ...
+
+    def encode_bytes(self, job: JobFacts, s: int, linear: Linear) -> int:
+        """Most bytes beside weights while prompts are encoded."""
+        ...
 
 
-def _stack(shapes: Mapping[str, Shape], root: str, count: int, keep: frozenset[str] = frozenset()) -> Stack:
+class VaeFacts(Protocol):
+    """What a plan asks of a VAE."""
+
+    @property
+    def part(self) -> Part:
+        """As stored."""
+        ...
+
+    @property
+    def used_parameters(self) -> int:
+        """Parameters that single images meet."""
+        ...
+
+    @property
+    def scale_factor(self) -> int:
+        """Pixels per latent cell along one side."""
+        ...
+
+    @property
+    def z_dim(self) -> int:
+        """Channels of a latent."""
+        ...
+
+    @property
+    def input_channels(self) -> int:
+        """Channels of a picture."""
+        ...
+
+    @property
+    def deepest(self) -> int:
+        """Channels of the smallest maps."""
+        ...
+
+    def cut(self, kind: str, tile_pixels: int | None) -> Cut:
+        """The bands on a kind of device."""
+        ...
+
+    def weights_bytes(self, s: int, weight_format: str) -> int:
+        """Both halves as loaded, in numbers of ``s`` bytes."""
+        ...
+
+    def encode_bytes(self, size: tuple[int, int], s: int, cut: Cut, weight_format: str) -> int:
+        """Peak of encoding a picture of (height, width) pixels, beside the weights."""
+        ...
+
+    def decode_bytes(self, size: tuple[int, int], s: int, cut: Cut, weight_format: str) -> int:
+        """Peak of decoding a picture of (height, width) pixels, beside the weights."""
+        ...
+
+
+def stack_of(shapes: Mapping[str, Shape], root: str, count: int, keep: frozenset[str] = frozenset()) -> Stack:
+    """Blocks ``0 .. count - 1`` of those under a root of a checkpoint; further ones are left out."""
     blocks: list[dict[str, Shape]] = [{} for _ in range(count)]
     for name, shape in shapes.items():
         if name.startswith(root):
             index, _, inner = name.removeprefix(root).partition(".")
-            blocks[int(index)][inner] = shape
+            if int(index) < count:
+                blocks[int(index)][inner] = shape
     return Stack(tuple(blocks), keep)
 
 
-def _shapes(component: Component) -> dict[str, Shape]:
+def shapes_of(component: Component) -> dict[str, Shape]:
+    """Name to shape of a component's tensors."""
     return {name: info.shape for name, info in component.checkpoint.tensors.items()}
 
 
-def _total(shapes: Mapping[str, Shape], *roots: str) -> int:
+def count_under(shapes: Mapping[str, Shape], *roots: str) -> int:
+    """Parameters whose names begin with one of the roots."""
     return sum(prod(shape) for name, shape in shapes.items() if name.startswith(roots))
-
-
-def _transformer(component: Component, keep: frozenset[str]) -> TransformerFacts:
-    config, shapes = component.config, _shapes(component)
-    whole = _stack(shapes, "transformer_blocks.", config["num_layers"])
-    last = len(whole.blocks) - 1
-    used = tuple(
-        {
-            name: shape
-            for name, shape in block.items()
-            if not name.startswith(NOT_IN_SLABS) and not (i == last and name in DEAD_IN_LAST_BLOCK)
-        }
-        for i, block in enumerate(whole.blocks)
-    )
-    modulation = sum(
-        prod(shape) for block in whole.blocks for name, shape in block.items() if name.startswith(NOT_IN_SLABS)
-    )
-    return TransformerFacts(
-        part=Part.of(component),
-        stack=Stack(used, keep),
-        dim=config["attention_head_dim"] * config["num_attention_heads"],
-        head_dim=config["attention_head_dim"],
-        joint=config["joint_attention_dim"],
-        in_channels=config["in_channels"],
-        ends_parameters=_total(shapes, "img_in.", "txt_in.", "txt_norm.", "proj_out."),
-        modulation_parameters=modulation + _total(shapes, "norm_out.", "time_text_embed."),
-    )
-
-
-def _encoder(component: Component) -> EncoderFacts:
-    shapes, text, vision = _shapes(component), text_config(component.config), vision_config(component.config)
-    head = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
-    patch = vision["patch_size"]
-    return EncoderFacts(
-        part=Part.of(component),
-        stack=_stack(shapes, "language_model.layers.", text["num_hidden_layers"]),
-        hidden=text["hidden_size"],
-        ffn=text["intermediate_size"],
-        width=head * text["num_attention_heads"],
-        kv_width=head * text["num_key_value_heads"],
-        head_dim=head,
-        vision_stack=_stack(shapes, "visual.blocks.", vision["depth"]),
-        vision_ends_parameters=_total(shapes, "visual.merger.", "visual.patch_embed."),
-        vision_hidden=vision["hidden_size"],
-        vision_ffn=vision["intermediate_size"],
-        vision_heads=vision["num_heads"],
-        patch_pixels=patch,
-        patch_values=vision["in_channels"] * vision["temporal_patch_size"] * patch * patch,
-        merge=vision["spatial_merge_size"],
-    )

@@ -14,12 +14,17 @@ if TYPE_CHECKING:
 
 Size = tuple[int, int]
 
-DROPPED_TOKENS = {"text": 34, "edit": 64, "edit-plus": 64}
+LEADING_TOKENS = {"text": 34, "edit": 64, "edit-plus": 64, "z-image": 3}
 """Tokens of each prompt template before the pictures and the prompt."""
+
+KEPT = frozenset({"z-image"})
+"""Templates whose leading tokens are part of the conditioning."""
 
 END_TOKENS = 8
 PICTURE_TOKENS = 12
-MAX_PROMPT_TOKENS = 1024
+MAX_PROMPT_TOKENS = {"text": 1024, "edit": 1024, "edit-plus": 1024, "z-image": 509}
+"""Longest prompt with the end of its template; Z-Image's whole chat has 512."""
+
 EDIT_AREA_RATIO = 1.0
 
 
@@ -145,17 +150,16 @@ class JobFacts:
             fields: the remaining fields.
         """
         patches = tuple(patch_grid(width, height, processor) for width, height in conditions)
-        unit = processor["merge_size"] ** 2
-        image_tokens = sum(rows * columns // unit for rows, columns in patches)
-        dropped = DROPPED_TOKENS[template]
-        lengths = [min(MAX_PROMPT_TOKENS, len(prompt.encode()) + END_TOKENS) for prompt in prompts]
+        image_tokens = sum(rows * columns // processor["merge_size"] ** 2 for rows, columns in patches)
+        leading = LEADING_TOKENS[template]
+        lengths = [min(MAX_PROMPT_TOKENS[template], len(prompt.encode()) + END_TOKENS) for prompt in prompts]
         labels = PICTURE_TOKENS * len(patches)
         return cls(
             patches=patches,
             references=tuple(references),
-            prompt_tokens=tuple(dropped + labels + image_tokens + length for length in lengths),
-            shared_tokens=dropped + image_tokens,
-            dropped_tokens=dropped,
+            prompt_tokens=tuple(leading + labels + image_tokens + length for length in lengths),
+            shared_tokens=leading + image_tokens,
+            dropped_tokens=0 if template in KEPT else leading,
             **fields,
         )
 
@@ -221,7 +225,6 @@ def foresee(
         notes.append("no picture was given: the plan is for one square picture (name yours with --ref)")
     if most is not None and len(pictures) > most:
         raise RequestError(f"this model must get at most {most} picture(s), got {len(pictures)}")
-    scale = fields.get("true_cfg_scale") or max(1.0, fields.get("guidance_scale") or defaults.true_cfg_scale)
     if fields.get("prompt") is None:
         notes.append("no prompt was given: the plan is for one of at most 256 tokens")
     prompt = fields.get("prompt") or "x" * 248
@@ -235,7 +238,7 @@ def foresee(
     return JobFacts.build(
         kind="edit" if pictures else "generate",
         template=defaults.template,
-        prompts=[prompt] if scale == 1 else [prompt, negative],
+        prompts=[prompt, negative] if _is_guided(defaults, fields) else [prompt],
         target=tokens(size, multiple),
         references=[tokens(size if seen is None else area_size(seen, ratio), multiple) for ratio in ratios],
         conditions=[area_size(defaults.condition_area_pixels, ratio) for ratio in ratios],
@@ -243,5 +246,14 @@ def foresee(
         steps=fields.get("num_inference_steps") or defaults.num_inference_steps,
         pixels_multiple=multiple,
         notes=tuple(notes),
+        encoded=(tokens(size, multiple),) if fields.get("init_image") is not None else (),
         **rest,
     )
+
+
+def _is_guided(defaults: Defaults, fields: Mapping[str, Any]) -> bool:
+    """Whether steps run the negative prompt too: at a scale above 1, or above 0 where the model counts it so."""
+    own, given = getattr(defaults, "guidance_scale", None), fields.get("guidance_scale")
+    if own is not None:
+        return (own if given is None else given) > 0
+    return (fields.get("true_cfg_scale") or max(1.0, given or defaults.true_cfg_scale)) != 1

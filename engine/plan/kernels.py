@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -12,8 +12,9 @@ from ..formats import QUANTISED
 from ..layout import ITEM_BYTES
 from .activations import CHUNK_ELEMENTS, DEVICE_CHUNK_ELEMENTS, Linear
 from .budget import Choices
-from .facts import DeviceFacts, ModelFacts, Shape, Stack
+from .facts import DeviceFacts, Shape, Stack
 from .jobs import JobFacts
+from .model import ModelFacts
 from .rules import Formats, pick_formats
 
 FIXED = {"cpu": {"vae.attention": "torch", "vae.convolution": "torch"}}
@@ -73,8 +74,17 @@ def machine_of(device: DeviceFacts, kind: str, plain: str) -> Machine:
     )
 
 
-def uses(
-    device: DeviceFacts, formats: Formats, *, branches: int, encoder_on_cpu: bool, rcm: bool = False
+OPS = ("attention", "modulate", "rope", "guidance")
+
+
+def uses(  # noqa: PLR0913 (all but the first two by name)
+    device: DeviceFacts,
+    formats: Formats,
+    *,
+    branches: int,
+    encoder_on_cpu: bool,
+    rcm: bool = False,
+    ops: Collection[str] = OPS,
 ) -> tuple[Use, ...]:
     """The ops of a run that have more than one implementation.
 
@@ -84,10 +94,11 @@ def uses(
         branches: forward passes per step; one has no guidance.
         encoder_on_cpu: the text encoder runs on the host.
         rcm: the region of change is found on the way.
+        ops: of a step of this model.
     """
     kind, encoder = device.kind, "cpu" if encoder_on_cpu else device.kind
-    found = [Use(f"transformer.{op}", op, kind) for op in ("attention", "modulate", "rope")]
-    if branches > 1:
+    found = [Use(f"transformer.{op}", op, kind) for op in ops if op != "guidance"]
+    if branches > 1 and "guidance" in ops:
         found.append(Use("guidance", "guidance", kind))
     if rcm:
         found.append(Use("rcm", "rcm", kind))
@@ -103,13 +114,21 @@ def uses(
     return tuple(found)
 
 
-def pick(device: DeviceFacts, formats: Formats, choices: Choices, *, branches: int, rcm: bool = False) -> Picked:
-    """The implementation of every op.
+def pick(
+    device: DeviceFacts,
+    formats: Formats,
+    choices: Choices,
+    *,
+    branches: int,
+    rcm: bool = False,
+    ops: Collection[str] = OPS,
+) -> Picked:
+    """The implementation of every op; arguments as of :func:`uses`.
 
     Raises:
         RequestError: a pin names no op of this run, or what is pinned cannot run here; with the reason of each.
     """
-    used = uses(device, formats, branches=branches, encoder_on_cpu=choices.text_encoder_cpu, rcm=rcm)
+    used = uses(device, formats, branches=branches, encoder_on_cpu=choices.text_encoder_cpu, rcm=rcm, ops=ops)
     _check_pins(used, choices)
     names, passed = {}, {}
     for use in used:

@@ -10,11 +10,12 @@ from ...errors import PlanError, QEngineError, RequestError
 from ..vae.cut import Cut
 from .budget import Budget, Choices, parse_size, size_text
 from .choose import Ceilings, Kept, least, place, with_kept
-from .facts import DeviceFacts, ModelFacts, Part
+from .facts import DeviceFacts, Part
 from .jobs import JobFacts
 from .kernels import pick
+from .model import ModelFacts
 from .phases import NAMES, Need, PhasePlan, cut_of, host_slab_bytes, needs, tile_rows, vae_weights
-from .rules import Formats, pick_formats, step_flops, step_seconds
+from .rules import Formats, pick_formats, step_seconds
 
 MARGIN_SHARE = 16
 LEAST_MARGIN_BYTES = 256 << 20
@@ -112,7 +113,7 @@ def make_plan(model: ModelFacts, job: JobFacts, budget: Budget, device: DeviceFa
     notes = list(job.notes)
     formats = pick_formats(device, job, choices)
     ceilings = _ceilings(budget, device, notes)
-    picked = pick(device, formats, choices, branches=job.branches, rcm=job.rcm)
+    picked = pick(device, formats, choices, branches=job.branches, rcm=job.rcm, ops=model.transformer.ops)
     made = needs(model, job, device, formats, choices)
     command = _command(model, job, ceilings, formats, choices)
     phases = _place_all(made, device, ceilings, choices, lambda room: _command(model, job, room, formats, choices))
@@ -132,8 +133,8 @@ def make_plan(model: ModelFacts, job: JobFacts, budget: Budget, device: DeviceFa
         pinned=MappingProxyType(dict(choices.kernels)),
         passed_over=MappingProxyType(dict(picked.passed_over)),
         phases=tuple(phases[name] for name in NAMES if name in phases),
-        cut=cut_of(device, choices),
-        vae_tile_rows=tile_rows(model, job, cut_of(device, choices)),
+        cut=cut_of(model, device, choices),
+        vae_tile_rows=tile_rows(model, job, cut_of(model, device, choices)),
         ceilings=ceilings,
         kept_on_device=on_device,
         kept_on_host=on_host,
@@ -152,12 +153,10 @@ def _swapping(choices: Choices, streamed: int, blocks: int) -> Choices:
 
 
 def _used(model: ModelFacts, job: JobFacts) -> dict[str, int]:
-    encoder, vae = model.encoder, model.vae
-    seen = encoder.vision_stack.parameters + encoder.vision_ends_parameters if job.patches else 0
     return {
-        "transformer": model.transformer.stack.parameters + model.transformer.ends_parameters,
-        "text_encoder": encoder.stack.parameters + encoder.hidden + seen,
-        "vae": vae.used_parameters,
+        "transformer": model.transformer.used_parameters,
+        "text_encoder": model.encoder.used_parameters(job),
+        "vae": model.vae.used_parameters,
     }
 
 
@@ -283,7 +282,7 @@ def _hints(
         return ()
     if phase.blocks is None or phase.blocks.placement.host == "disk":
         return ()
-    flops = step_flops(model.transformer, job)
+    flops = model.transformer.step_flops(job)
     ours = step_seconds(device, flops, chosen.weight_format, chosen.blocks.streamed_bytes)
     theirs = step_seconds(device, flops, "bf16", phase.blocks.streamed_bytes)
     if ours is None or theirs is None or theirs > LOSSLESS_SLOWDOWN * ours:

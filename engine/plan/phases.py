@@ -9,19 +9,15 @@ from ...loaders.checkpoint import STAGING_BYTES
 from ..formats import QUANTISED
 from ..layout import ITEM_BYTES
 from ..vae.cut import PROJECTION_CELLS, Cut
-from ..vae.memory import decode_bytes, encode_bytes, weight_bytes
-from .activations import Linear, language_bytes, modulation_bytes, rows_bytes, step_bytes, vision_bytes
 from .budget import Choices
-from .facts import DeviceFacts, ModelFacts, Part
+from .facts import ALIGNMENT_BYTES, DeviceFacts, Items, Part
 from .jobs import JobFacts
 from .kernels import attention_of, linear_of
+from .model import ModelFacts
 from .placement import Blocks
 from .rules import Formats
 
-Items = tuple[tuple[str, int], ...]
-
 MIB = 1 << 20
-ALIGNMENT_BYTES = 64 << 10
 RING_BYTES = 1 << 30
 PROCESS_BYTES = {"cpu": 700 * MIB, "cuda": 2048 * MIB}
 """Host memory of a process with its imports, where it was not measured; with CUDA the driver's part is included."""
@@ -106,65 +102,51 @@ def host_slab_bytes(blocks: Blocks | None) -> int:
     return sizes.get(blocks.placement.host, 0) or ring_bytes(blocks)
 
 
-def cut_of(device: DeviceFacts, choices: Choices) -> Cut:
-    """The VAE's bands: by the kind of device and the chosen tile alone."""
-    return Cut.of(device.kind, choices.vae_tile)
+def cut_of(model: ModelFacts, device: DeviceFacts, choices: Choices) -> Cut:
+    """The VAE's bands: by its kind, the kind of device and the chosen tile alone."""
+    return model.vae.cut(device.kind, choices.vae_tile)
 
 
 def tile_rows(model: ModelFacts, job: JobFacts, cut: Cut) -> int:
     """Pixel rows of the output in one band of the decoder's first level."""
-    config = model.vae.config
     rows, columns = job.latent_sizes[0]
-    return min(rows, cut.rows(columns, config.dims[-1], config.scale_factor)) * config.scale_factor
+    scale = model.vae.scale_factor
+    return min(rows, cut.rows(columns, model.vae.deepest, scale)) * scale
 
 
 def needs(model: ModelFacts, job: JobFacts, device: DeviceFacts, formats: Formats, choices: Choices) -> dict[str, Need]:
     """The phases of a run, in order."""
-    config, cut, s = model.vae.config, cut_of(device, choices), ITEM_BYTES[formats.plain]
+    vae, cut, s = model.vae, cut_of(model, device, choices), ITEM_BYTES[formats.plain]
     made = [_encode(model, job, device, formats, choices)]
-    sizes = [(rows * config.scale_factor, columns * config.scale_factor) for rows, columns in job.latent_sizes[1:]]
-    side = PROJECTION_CELLS * config.scale_factor
+    sizes = [(rows * vae.scale_factor, columns * vae.scale_factor) for rows, columns in job.latent_sizes]
+    side = PROJECTION_CELLS * vae.scale_factor
     held = [
-        encode_bytes(config, height, width, s, cut, formats.vae) + 4 * config.input_channels * height * width
-        for height, width in sizes
+        vae.encode_bytes(size, s, cut, formats.vae) + 4 * vae.input_channels * size[0] * size[1] for size in sizes[1:]
     ]
     # the preview's colours: the decoded cells, and their averages in float64
-    held.append(decode_bytes(config, side, side, s, cut, formats.vae) + 8 * 4 * config.input_channels * side * side)
-    most = max(held)
-    made.append(_vae("reference", model, job, device, formats, most))
+    held.append(vae.decode_bytes((side, side), s, cut, formats.vae) + 8 * 4 * vae.input_channels * side * side)
+    made.append(_vae("reference", model, job, device, formats, max(held)))
     made.append(_denoise(model, job, device, formats, choices))
-    height, width = (side * config.scale_factor for side in job.latent_sizes[0])
-    most = decode_bytes(config, height, width, s, cut, formats.vae)
+    height, width = sizes[0]
+    most = vae.decode_bytes(sizes[0], s, cut, formats.vae)
     # the picture is brought to 8 bits in float32; the preview's colours are fitted to a decoded square of fixed size
-    side = PREVIEW_CELLS * config.scale_factor
-    fitted = decode_bytes(config, side, side, s, cut, formats.vae) + 5 * 4 * config.input_channels * side * side
-    most = max(most, 4 * 4 * config.input_channels * height * width, fitted)
+    side = PREVIEW_CELLS * vae.scale_factor
+    fitted = vae.decode_bytes((side, side), s, cut, formats.vae) + 5 * 4 * vae.input_channels * side * side
+    most = max(most, 4 * 4 * vae.input_channels * height * width, fitted)
     made.append(_vae("decode", model, job, device, formats, most))
     return {need.name: replace(need, mapped=need.weight_format in QUANTISED) for need in made}
 
 
 def vae_weights(model: ModelFacts, formats: Formats) -> int:
     """Bytes of the VAE's weights on the device."""
-    s = ITEM_BYTES[formats.plain]
-    return (
-        sum(weight_bytes(model.vae.config, part, s, formats.vae) for part in ("encoder", "decoder")) + ALIGNMENT_BYTES
-    )
+    return model.vae.weights_bytes(ITEM_BYTES[formats.plain], formats.vae) + ALIGNMENT_BYTES
 
 
 def _encode(model: ModelFacts, job: JobFacts, device: DeviceFacts, formats: Formats, choices: Choices) -> Need:
     s, encoder = ITEM_BYTES[formats.plain], model.encoder
     kind = "cpu" if choices.text_encoder_cpu else device.kind
     linear = linear_of("text_encoder", device, formats, choices)
-    items: list[tuple[str, int]] = []
-    if job.patches:
-        tower = sum(encoder.vision_stack.slab_bytes("bf16", formats.plain))
-        items.append(("vision tower", tower + encoder.vision_ends_parameters * s + 2 * ALIGNMENT_BYTES))
-    items.append(("ends", encoder.hidden * s + encoder.head_dim * 4 + ALIGNMENT_BYTES))
-    most = max(
-        language_bytes(encoder, job, s, linear),
-        vision_bytes(encoder, job, s, Linear("torch", s)),
-    )
-    items += _activations(kind, most, 0)
+    items = [*encoder.items(job, formats.plain), *_activations(kind, encoder.encode_bytes(job, s, linear), 0)]
     slabs = encoder.stack.slab_bytes(formats.encoder, formats.plain)
     return _need("encode", encoder.part, kind, formats.encoder, slabs, items, formats)
 
@@ -172,11 +154,10 @@ def _encode(model: ModelFacts, job: JobFacts, device: DeviceFacts, formats: Form
 def _denoise(model: ModelFacts, job: JobFacts, device: DeviceFacts, formats: Formats, choices: Choices) -> Need:
     s, transformer = ITEM_BYTES[formats.plain], model.transformer
     linear = linear_of("transformer", device, formats, choices)
-    step = step_bytes(transformer, job, s, linear, attention_of(device, formats, choices))
-    most = max(step, modulation_bytes(transformer, job))
-    rows = rows_bytes(transformer, job, s)
+    most = transformer.denoise_bytes(job, s, linear, attention_of(device, formats, choices))
+    rows = transformer.rows_bytes(job, s)
     items = [("ends", transformer.ends_parameters * s + ALIGNMENT_BYTES), ("modulation rows", rows)]
-    kept = rows_bytes(transformer, job, 4)
+    kept = transformer.rows_bytes(job, 4)
     if device.kind == "cpu" and s < 4:
         items.append(("modulation rows, float32", kept))
     items += _activations(device.kind, most, 0)
@@ -184,13 +165,15 @@ def _denoise(model: ModelFacts, job: JobFacts, device: DeviceFacts, formats: For
     need = _need("denoise", transformer.part, device.kind, formats.transformer, slabs, items, formats)
     if device.kind == "cpu":
         return need
-    return replace(need, host_items=(*need.host_items, ("modulation rows, float32", kept)))
+    once = transformer.once_bytes(formats.plain)
+    read = (("caption branch, once per prompt", once),) if once else ()
+    return replace(need, host_items=(*need.host_items, ("modulation rows, float32", kept), *read))
 
 
 def _vae(name: str, model: ModelFacts, job: JobFacts, device: DeviceFacts, formats: Formats, activations: int) -> Need:
     items = [("weights", vae_weights(model, formats))]
     # latents of the target and of all references, packed and unpacked, live through these phases
-    held = sum(rows * columns for rows, columns in job.latent_sizes) * model.vae.config.z_dim * 3 * 4
+    held = sum(rows * columns for rows, columns in job.latent_sizes) * model.vae.z_dim * 3 * 4
     items += _activations(device.kind, activations + held, CONVOLUTION_WORKSPACE_BYTES)
     return _need(name, model.vae.part, device.kind, formats.vae, (), items, formats)
 

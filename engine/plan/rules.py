@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .budget import Choices
-from .facts import DeviceFacts, TransformerFacts
+from .facts import DeviceFacts
 from .jobs import JobFacts
 
 OLDEST_INT8, HOPPER, CONSUMER_BLACKWELL = 75, 90, 120
@@ -57,14 +57,6 @@ def pick_formats(device: DeviceFacts, job: JobFacts, choices: Choices) -> Format
     if dtype == "auto":
         dtype = "float32" if device.kind == "cpu" else "bfloat16"
     return Formats(main, encoder, choices.vae_weights, "F32" if dtype == "float32" else "BF16")
-
-
-def step_flops(model: TransformerFacts, job: JobFacts) -> float:
-    """``blocks * (24 d^2 J + 4 J^2 d)`` summed over the branches, with J tokens in each."""
-    image = job.target_tokens + job.reference_tokens
-    joints = [image + text for text in job.text_tokens]
-    d = model.dim
-    return float(len(model.stack.blocks) * sum(24 * d * d * joint + 4 * joint * joint * d for joint in joints))
 
 
 def step_seconds(device: DeviceFacts, flops: float, weight_format: str, streamed_bytes: int) -> float | None:
