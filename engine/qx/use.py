@@ -22,7 +22,7 @@ from ..vl import (
 )
 from ..vl import blend as blend_rows
 from ..vl.condition import advice
-from .file import JobFile
+from .job import JobFile
 
 if TYPE_CHECKING:
     from ..request import GenerateRequest
