@@ -11,6 +11,7 @@ from ..errors import RequestError
 from ..version import __version__
 from . import options
 from .command import SETTINGS, Command, Group
+from .queue import RENDER_SECTIONS
 
 if TYPE_CHECKING:
     from .progress import Talk
@@ -56,6 +57,12 @@ BATCH_HELP = (
     "that does not say otherwise. A bad job does not stop the others (exit code 8); --resume goes on where a batch was "
     "stopped, by the manifest.jsonl beside the results."
 )
+RENDER_HELP = (
+    "Work off a queue of extracted jobs.\n\nqengine render queue/ -o out/ --model MODEL\n\n"
+    "QUEUE is a folder that qengine extract --jobs made. Any number of these may run at once, on any machines that see "
+    "the folder: each takes one job at a time by a rename, and a killed one costs at most the job it was at. Jobs that "
+    "fail three times, or can never succeed, go to failed/ with a text that says why (exit code 8)."
+)
 COMPARE_HELP = (
     "Say what an edit changed where nothing was asked.\n\nqengine compare before.png after.png --mask mask.png\n\n"
     "Prints PSNR, shift by phase correlation, zoom and colour drift outside the mask, and writes a picture of the "
@@ -99,6 +106,7 @@ def _commands() -> list[click.Command]:
         Command("generate", _generate, options.GENERATE_SECTIONS, [("words", "[PROMPT]", True)], GENERATE_HELP),
         Command("rerun", _rerun, options.RERUN_SECTIONS, [("picture", "PICTURE", False)], RERUN_HELP),
         Command("batch", _batch, options.BATCH_SECTIONS, [("words", "JOBS", True)], BATCH_HELP),
+        Command("render", _render, RENDER_SECTIONS, [("words", "QUEUE", True)], RENDER_HELP),
         Command(
             "compare",
             _compare,
@@ -166,6 +174,12 @@ def _generate(words: tuple[str, ...], **values: Any) -> int:
 
 def _batch(words: tuple[str, ...], **values: Any) -> int:
     from .batch import carry_out
+
+    return carry_out(words, values, _talk(values))
+
+
+def _render(words: tuple[str, ...], **values: Any) -> int:
+    from .render import carry_out
 
     return carry_out(words, values, _talk(values))
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from ...errors import InputError, OutputError
+from ...errors import InputError, OutputError, RequestError
 
 NAME = "manifest.jsonl"
 LOCK_SECONDS = 60.0
@@ -51,7 +51,8 @@ class Ledger:
             Whether there is anything to do; False where the result is here already, and now said to be.
 
         Raises:
-            OutputError: something else stands in its place, or the manifest cannot be written.
+            RequestError: something else stands in its place.
+            OutputError: the manifest cannot be written.
             InputError: the manifest cannot be read.
         """
         names = [self._named(path) for path in files]
@@ -60,7 +61,7 @@ class Ledger:
             there = [path for path in files if os.path.lexists(path)]
             begun = any(line.get("files") == names for line in lines)
             if there and not begun:
-                raise OutputError(
+                raise RequestError(
                     f"{there[0]} must be a new file, got one of something else",
                     hint="name another folder with -o, or move it away",
                 )

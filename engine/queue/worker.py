@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,8 +105,11 @@ class Worker:
             with contextlib.suppress(OSError):
                 Path(self._lock.lock_file).unlink(missing_ok=True)
 
-    def claim(self) -> Claim | None:
+    def claim(self, passed: Container[str] = ()) -> Claim | None:
         """The first job that waits, now held by this worker; None where none does.
+
+        Args:
+            passed: names of jobs that are left to others.
 
         Raises:
             OutputError: the queue cannot be written, so that nobody would know that this worker is alive.
@@ -116,6 +119,8 @@ class Worker:
         self.recover()
         self._folder.mkdir(parents=True, exist_ok=True)
         for name in self.queue.waiting():
+            if name in passed:
+                continue
             path = self._folder / (name + SUFFIX)
             try:
                 os.rename(self.queue.pending / path.name, path)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from qengine.engine.queue import JobFolder, Ledger, Worker
-from qengine.errors import InputError, OutputError
+from qengine.errors import InputError, OutputError, RequestError
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ def test_a_result_that_was_written_before_its_worker_died_is_not_made_again(tmp_
 def test_nothing_is_begun_where_something_else_lies(tmp_path: Path) -> None:
     ledger, picture = Ledger(tmp_path), tmp_path / "a.png"
     picture.write_bytes(b"mine")
-    with pytest.raises(OutputError, match="must be a new file"):
+    with pytest.raises(RequestError, match="must be a new file"):
         ledger.begin("key", [picture])
     assert picture.read_bytes() == b"mine"
 
