@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
 from qengine import Engine
 from qengine.bench.rivals import duel
 from qengine.bench.stock import reference_areas, stock_pipeline

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+
 from qengine.bench.rivals import duel
 from qengine.bench.true_shapes import VAE
 from qengine.engine.vae import ImageVAE

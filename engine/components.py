@@ -6,15 +6,16 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..errors import DeviceError, RequestError
 from ..loaders import ModelSource
 from .conditioning import Conditioning, ConditioningCache
-from .dit import QwenImageTransformer
 from .encoder import PromptEncoder
+from .families import family_of
+from .family import Transformer
 from .files import recall, write_tensors
 from .mover import Placement, Tape
 from .places import default_cache
@@ -85,6 +86,7 @@ class Components:
         progress: called with bytes done and in all while blocks are packed.
 
     Attributes:
+        family: what kind of model it is.
         plan: how the run under way is carried out.
         log: what was loaded and freed, in order: ``load transformer``, ``free text_encoder``.
     """
@@ -99,6 +101,7 @@ class Components:
         progress: Progress = lambda done, total: None,
     ) -> None:
         self.source = source
+        self.family = family_of(source)
         self.device = device
         self.dtype = dtype
         self.plan: Plan | None = None
@@ -107,13 +110,13 @@ class Components:
         self._packed, self._progress = packed, progress
         self._conditioning = ConditioningCache(self._cache / "conditioning")
         self._encoder: PromptEncoder | None = None
-        self._transformer: QwenImageTransformer | None = None
+        self._transformer: Transformer | None = None
         self._vae: ImageVAE | None = None
 
     @property
     def multiple(self) -> int:
         """Pixels per token side: the VAE's factor times the patch of 2."""
-        return 2 * 2 ** len(self.source.vae.config["temperal_downsample"])
+        return self.family.shape(self.source).multiple
 
     def enter(self, phase: str) -> None:
         """Free what the plan does not keep beside a phase, before anything of the phase is loaded."""
@@ -187,12 +190,8 @@ class Components:
         if self._vae is None:
             plan = self.planned
             self.log.append("load vae")
-            self._vae = ImageVAE.load(
-                self.source.vae,
-                device=self.device,
-                dtype=self.dtype,
-                vae_tile=plan.cut.tile_pixels,
-                weight_format=plan.formats.vae,
+            self._vae = self.family.load_vae(
+                self.source.vae, self.device, self.dtype, plan.cut.tile_pixels, plan.formats.vae
             )
         return self._vae
 
@@ -211,31 +210,31 @@ class Components:
         return made
 
     @property
-    def transformer(self) -> QwenImageTransformer:
+    def transformer(self) -> Any:
         """The diffusion transformer, at least as much of it streamed as the plan says."""
         phase = self.planned.phase("denoise")
         if self._transformer is not None:
             _follow(self._transformer.blocks, phase)
             return self._transformer
         self.log.append("load transformer")
-        self._transformer = QwenImageTransformer.load(
+        self._transformer = self.family.load_transformer(
             self.source.transformer,
-            device=self.device,
-            dtype=self.dtype,
-            cache=self._cache,
-            hold=Hold.of(phase, self.planned.kernels_of("transformer"), self._packed),
-            progress=self._progress,
+            self.device,
+            self.dtype,
+            self._cache,
+            Hold.of(phase, self.planned.kernels_of("transformer"), self._packed),
+            self._progress,
         )
         return self._transformer
 
-    def safe_transformer(self) -> QwenImageTransformer:
+    def safe_transformer(self) -> Any:
         """The loaded transformer on the same tape, with 8-bit layers that multiply as they are defined.
 
         Its other ops run in their definitions where ``velocity`` is told so.
         """
         phase = self.planned.phase("denoise")
         hold = Hold.of(phase, self.planned.kernels_of("transformer", safe=True))
-        stack = QwenImageTransformer.stack(self.source.transformer, hold.weight_format, self.dtype, hold.kernels)
+        stack = self.family.stack(self.source.transformer, hold.weight_format, self.dtype, hold.kernels)
         return self.transformer.with_template(stack.template)
 
     @property
@@ -244,12 +243,12 @@ class Components:
         plan = self.planned
         phase = plan.phase("encode")
         if self._encoder is None:
-            self._encoder = PromptEncoder(
+            self._encoder = self.family.open_encoder(
                 self.source,
                 torch.device("cpu") if phase.device == "cpu" else self.device,
                 self.dtype,
-                hold=Hold.of(phase, plan.kernels_of("text_encoder")),
-                cache=self._cache,
+                Hold.of(phase, plan.kernels_of("text_encoder")),
+                self._cache,
                 alone="text_encoder" not in plan.kept_on_device,
                 progress=self._progress,
             )

@@ -2,62 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
-from PIL import Image
 
 from ..errors import KernelError, RequestError
-from ..kernels.guidance import combine
 from .components import Components
 from .conditioning import Conditioning
-from .dit import Branch, ModulationTable, QwenImageTransformer
 from .events import Step
+from .family import Network, Transformer
 from .guard import Finite
-from .job import Geometry, Job
+from .job import Job
 from .keep.keeper import Keeper
-from .latents import initial_noise, pack, unpack
-from .picture import resize, to_tensor
-from .reference.apply import Cast, References
-from .schedule import Schedule, make_schedule
+from .latents import initial_noise, unpack
+from .picture import resize
+from .reference.apply import Cast
+from .resolve import starting
+from .schedule import Schedule
+from .seen import Seen
 from .state import RunState
 
+logger = logging.getLogger(__name__)
+
 STEP_OPS = ("transformer.linear", "transformer.attention", "transformer.modulate", "transformer.rope", "guidance")
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What the VAE gives to a run before the transformer is loaded.
-
-    Attributes:
-        references: packed clean latents [1, tokens, 4z] of each picture; None for a picture that no step sees.
-        first: packed clean latents of the first picture at the size of the output, where the run needs them.
-        projection: affine map from latents to RGB for previews.
-        channels: latent channels z.
-    """
-
-    references: tuple[torch.Tensor | None, ...]
-    first: torch.Tensor | None
-    projection: torch.Tensor
-    channels: int
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, job: Job, components: Components) -> Seen:
-        """Encode the references of a run."""
-        components.enter("reference")
-        seen = {place for cast in job.casts for place in cast}
-        references = [
-            _encode(picture.image, geometry, components) if place in seen else None
-            for place, (picture, geometry) in enumerate(zip(job.pictures, job.references, strict=True))
-        ]
-        first = None
-        if job.anchored:
-            known = references[0] if job.references[0] == job.target else None
-            first = _encode(job.pictures[0].image, job.target, components) if known is None else known
-        return cls(tuple(references), first, components.projection(), components.source.vae.config["z_dim"])
 
 
 @dataclass(frozen=True)
@@ -70,10 +39,8 @@ class Denoiser:
         schedule: noise levels.
         components: the network among them.
         seen: what the VAE gave.
-        references: what the pictures do in each step.
         keeper: what keeps a part of the first picture, or None.
-        branches: by the pictures that are there: prompt, and negative prompt where guidance is on.
-        table: modulation rows of every step.
+        network: what a step computes; None where no step is run.
         check: raises to stop the run.
     """
 
@@ -82,10 +49,8 @@ class Denoiser:
     schedule: Schedule
     components: Components
     seen: Seen
-    references: References
     keeper: Keeper | None
-    branches: Mapping[Cast, tuple[Branch, ...]]
-    table: ModulationTable
+    network: Network | None
     check: Callable[[], None]
 
     @classmethod
@@ -110,28 +75,18 @@ class Denoiser:
             check: raises to stop the run.
         """
         components.enter("denoise")
-        transformer = components.transformer
-        references = References.of(job, seen.references)
-        rows, columns = job.target.grid
-        schedule = make_schedule(
-            job.num_inference_steps,
-            rows * columns,
-            components.source.scheduler_config,
-            flow_shift=job.flow_shift,
-        )
-        timesteps = [schedule.timestep(i, components.dtype) for i in range(len(schedule))]
+        family = components.family
+        schedule, network = family.schedule(job, components.source.scheduler_config), None
+        if job.start < len(schedule):
+            network = family.network(job, schedule, conditionings, seen, components.transformer, components.dtype)
         return cls(
             job=job,
             key=key,
             schedule=schedule,
             components=components,
             seen=seen,
-            references=references,
             keeper=_keeper(job, seen, schedule, components),
-            branches={
-                cast: _branches(transformer, references, cast, conditionings[job.shown(cast)]) for cast in job.casts
-            },
-            table=transformer.table(timesteps),
+            network=network,
             check=check,
         )
 
@@ -141,7 +96,9 @@ class Denoiser:
         return len(self.schedule)
 
     def start(self) -> RunState:
-        """The state before the first step that is run: noise, or ``(1 - sigma) r + sigma noise`` of picture 1."""
+        """The state before the first step that is run: noise, or ``(1 - sigma) x + sigma noise`` of clean latents x."""
+        for words in starting(self.job):
+            logger.info(words)
         noise = _noise(self.job, self.seen, self.components)
         index = self.job.start
         if index and self.seen.first is not None:
@@ -194,26 +151,18 @@ class Denoiser:
         return replace(step, notes=(words,))
 
     def _attempt(
-        self, state: RunState, transformer: QwenImageTransformer, kernels: Mapping[str, str], *, safe: bool
+        self, state: RunState, transformer: Transformer, kernels: Mapping[str, str], *, safe: bool
     ) -> tuple[Step, Finite]:
         """A step, enqueued, and the question whether its velocity is finite."""
+        if self.network is None:
+            raise RuntimeError("a run without steps was advanced")
         index = state.next_step
-        dtype = self.components.dtype
         sigma, sigma_next = (float(s) for s in self.schedule.sigmas[index : index + 2])
-        given = self.references.at(index, state.latent_tokens, sigma)
-        velocities = transformer.velocity(
-            given.latents.to(dtype),
-            given.tokens,
-            given.dress(self.branches[self.job.cast(index)], self.job.reference, dtype),
-            self.table,
-            self.schedule.timestep(index, dtype),
-            more=index + 1 < self.total,
-            safe=safe,
-            check=self.check,
+        latents, velocity = self.network.velocity(
+            index, state.latent_tokens, transformer, kernels, safe=safe, check=self.check
         )
-        velocity = _guide([v.float() for v in velocities], self.job.true_cfg_scale, kernels)
         finite = Finite(velocity)
-        latents, mask = given.state, None
+        mask = None
         if self.keeper is not None:
             latents, mask = self.keeper.before_step(index, latents, velocity)
         step = Step(
@@ -250,37 +199,6 @@ def _keeper(job: Job, seen: Seen, schedule: Schedule, components: Components) ->
     )
 
 
-def _branches(
-    transformer: QwenImageTransformer, references: References, cast: Cast, conditioning: Conditioning
-) -> tuple[Branch, ...]:
-    """Both prompts beside the pictures of a cast."""
-    grids, frames, kept = references.layout(cast)
-    made = [transformer.branch(conditioning.prompt_embeds, grids, frames=frames, kept=kept)]
-    if conditioning.negative_embeds is not None:
-        alone = not references.options.negative
-        grids, frames, kept = references.layout(()) if alone else (grids, frames, kept)
-        made.append(transformer.branch(conditioning.negative_embeds, grids, frames=frames, kept=kept))
-    return tuple(made)
-
-
-def _guide(velocities: Sequence[torch.Tensor], scale: float, kernels: Mapping[str, str]) -> torch.Tensor:
-    if len(velocities) == 1:
-        return velocities[0]
-    return combine(velocities[0], velocities[1], scale, implementation=kernels["guidance"])
-
-
 def _changed(safe: Mapping[str, str], kernels: Mapping[str, str]) -> str:
     """The ops that ran in another implementation than planned."""
     return ", ".join(f"{op} {made}" for op, made in safe.items() if made != kernels[op] and op in STEP_OPS)
-
-
-def _encode(image: Image.Image, geometry: Geometry, components: Components) -> torch.Tensor:
-    """Packed clean latents of a picture [1, tokens, 4z]."""
-    return pack(components.vae.encode(_pixels(image, geometry).to(components.device, components.dtype)))
-
-
-def _pixels(image: Image.Image, geometry: Geometry) -> torch.Tensor:
-    """The picture at its reference size, its right and lower edge repeated up to whole tokens: [1, 3, H, W]."""
-    pixels = to_tensor(resize(image, geometry.width, geometry.height))
-    width, height = geometry.padded
-    return F.pad(pixels, (0, width - geometry.width, 0, height - geometry.height), mode="replicate")

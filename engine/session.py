@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
@@ -17,24 +16,27 @@ from ..errors import Cancelled
 from ..loaders import ModelSource, open_model
 from .ceiling import Ceiling, make_ceiling
 from .components import Components, pick_device, pick_dtype
-from .conditioning import Conditioning
 from .defaults import Defaults, defaults_of
-from .denoise import Denoiser, Seen
+from .denoise import Denoiser
+from .encode import encode
 from .events import Decoded, Encoded, Result, Step
-from .job import Job, resolve
+from .job import Job
 from .ladder import Ladder, Turn, what_would_fit
 from .latents import unpack
 from .measure import facts_for
-from .picture import resize, to_picture
+from .picture import to_picture
 from .plan import Budget, Choices, JobFacts, ModelFacts, Plan, make_plan
 from .record import describe, numerics
-from .reference.apply import Cast
-from .reference.resolve import veil
 from .request import EditRequest, GenerateRequest
+from .resolve import resolve
+from .seen import Seen
 from .state import RunState
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from .conditioning import Conditioning
+    from .reference.apply import Cast
 
     Picture = Image.Image | str | PathLike[str]
 
@@ -133,7 +135,13 @@ class Engine:
             RequestError: the model does not do what is asked.
             InputError: a picture cannot be used.
         """
-        return self._plan(resolve(request, self.defaults, self._components.multiple))
+        return self._plan(self._resolve(request))
+
+    def _resolve(self, request: GenerateRequest) -> Job:
+        shape = self._components.family.shape(self.source)
+        if request.given is not None:
+            shape.check(request.given)
+        return resolve(request, self.defaults, shape.multiple)
 
     def _plan(self, job: Job) -> Plan:
         asked = self._job_facts(job)
@@ -168,12 +176,12 @@ class Engine:
         """
         with self._turn.take(wait=wait):
             self._cancelled.clear()
-            job = resolve(request, self.defaults, self._components.multiple)
+            job = self._resolve(request)
             plan = self._components.plan = self._plan(job)
             ladder = self._ladder(plan)
             climb = partial(ladder.climb, fitting=lambda: self._fitting(job, plan))
             try:
-                conditionings, cached = climb("encode", lambda: self._encode(job))
+                conditionings, cached = climb("encode", lambda: encode(job, self._components, self._check))
                 first = conditionings[job.shown(job.casts[0])]
                 yield Encoded(first, cached, self.source.notes + job.notes + self._words(plan))
                 denoiser = self._denoiser(job, conditionings, climb)
@@ -205,11 +213,11 @@ class Engine:
         """
         with self._turn.take(wait=wait):
             self._cancelled.clear()
-            job = resolve(request, self.defaults, self._components.multiple)
+            job = self._resolve(request)
             plan = self._components.plan = self._plan(job)
             climb = partial(self._ladder(plan).climb, fitting=lambda: self._fitting(job, plan))
             try:
-                made, cached = climb("encode", lambda: self._encode(job))
+                made, cached = climb("encode", lambda: encode(job, self._components, self._check))
             finally:
                 self._components.rest()
             return Encoded(made[job.shown(job.casts[0])], cached, self.source.notes + job.notes + self._words(plan))
@@ -254,27 +262,7 @@ class Engine:
         if self._cancelled.is_set():
             raise Cancelled("the run was cancelled")
 
-    def _encode(self, job: Job) -> tuple[dict[Cast, Conditioning], bool]:
-        """Prompt embeddings by the pictures that the text encoder sees, and whether all came from the cache."""
-        self._check()
-        made: dict[Cast, Conditioning] = {}
-        known = []
-        alone = job.negative_prompt is not None and bool(job.pictures) and not job.reference.negative
-        for shown in dict.fromkeys(job.shown(cast) for cast in job.casts):
-            made[shown], cached = self._condition(job, job.prompt, None if alone else job.negative_prompt, shown)
-            known.append(cached)
-        if alone and job.negative_prompt is not None:
-            negative, cached = self._condition(job, job.negative_prompt, None, job.shown(()))
-            known.append(cached)
-            made = {shown: replace(each, negative_embeds=negative.prompt_embeds) for shown, each in made.items()}
-        return made, all(known)
-
-    def _condition(self, job: Job, prompt: str, negative: str | None, shown: Cast) -> tuple[Conditioning, bool]:
-        masks = job.masks if job.reference.mask_vision and job.masks else (None,) * len(job.pictures)
-        pictures = [resize(veil(job.pictures[k].image, masks[k]), *job.conditions[k]) for k in shown]
-        return self._components.condition(prompt, negative, pictures, job.template_for(shown), self._check)
-
-    def _denoiser(self, job: Job, made: dict[Cast, Conditioning], climb: Callable[..., Any]) -> Denoiser:
+    def _denoiser(self, job: Job, made: Mapping[Cast, Conditioning], climb: Callable[..., Any]) -> Denoiser:
         self._check()
         seen = climb("reference", lambda: Seen.of(job, self._components))
         self._check()

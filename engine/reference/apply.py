@@ -108,7 +108,7 @@ class References:
     @classmethod
     def of(cls, job: Job, latents: Sequence[torch.Tensor | None]) -> References:
         """From a job and the packed latents of its pictures, None for those that are in no step."""
-        masks = job.masks or (None,) * len(job.pictures)
+        masks = job.masks or (None,) * len(job.references)
         sights = [
             None if packed is None else Sight(packed, geometry.grid, _shares(mask, geometry, packed.device))
             for packed, geometry, mask in zip(latents, job.references, masks, strict=True)

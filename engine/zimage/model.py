@@ -7,6 +7,7 @@ bound, each with its own caption length, so no mask exists.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -148,6 +149,12 @@ class ZImageTransformer:
         kernels = Kernels.of(hold.kernels)
         captions = CaptionRefiner(checkpoint, config, device, dtype, kernels)
         return cls(config, stack.template, blocks, ends.to(device), rows, captions, kernels)
+
+    def with_template(self, template: Template[ZImageBlock]) -> ZImageTransformer:
+        """The same tape run by another block, whose layers take the same weights and multiply them in another way."""
+        made = copy.copy(self)
+        made._template = template
+        return made
 
     def close(self) -> None:
         """Free the weights."""

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from ...errors import CheckpointError, RequestError
+from ..request import SCHEDULES
 from ..schedule import Schedule
+from ..strength import actual_steps, start_notes
 
-SCHEDULES = ("modern", "official9")
 _UNKNOWN = (
     "use_dynamic_shifting",
     "use_karras_sigmas",
@@ -88,9 +89,10 @@ def make_zimage_schedule(
     sigmas = torch.cat([factor * raw / (1 + (factor - 1) * raw), torch.zeros(1)])
     if strength is None:
         return ZImageSchedule(sigmas, evaluations)
-    actual = _actual_steps(evaluations, strength)
-    start = evaluations - actual
-    return ZImageSchedule(sigmas[start:], evaluations, start, _notes(strength, steps, actual, start))
+    if not 0 <= strength <= 1:
+        raise RequestError(f"strength must be 0 to 1, got {strength:g}")
+    start = evaluations - actual_steps(evaluations, strength)
+    return ZImageSchedule(sigmas[start:], evaluations, start, start_notes(strength, steps, evaluations))
 
 
 def start_latents(schedule: Schedule, clean: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -112,16 +114,3 @@ def _evaluations(steps: int, schedule: str) -> int:
     if steps < least:
         raise RequestError(f"steps of the schedule {schedule} must be at least {least}, got {steps}")
     return steps if schedule == "modern" else steps - 1
-
-
-def _actual_steps(steps: int, strength: float) -> int:
-    if not 0 <= strength <= 1:
-        raise RequestError(f"strength must be 0 to 1, got {strength:g}")
-    return min(int(steps * strength + 1e-9), steps)
-
-
-def _notes(strength: float, steps: int, actual: int, start: int) -> tuple[str, ...]:
-    said = f"[img2img] strength={strength:g}, steps={steps}, actual_steps={actual}"
-    if not actual:
-        return said, "[img2img] no step is run: the result is the picture through the VAE and back"
-    return said, f"[img2img] Starting denoising from step {start}, {actual} steps remaining"

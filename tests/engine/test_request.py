@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from qengine import EditRequest, GenerateRequest
 from qengine.engine.defaults import DEFAULTS
-from qengine.engine.job import resolve
+from qengine.engine.resolve import resolve
 from qengine.errors import InputError, RequestError
 
 EDIT = DEFAULTS["qwen-image-edit-2511"]

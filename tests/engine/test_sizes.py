@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from qengine import EditRequest
 from qengine.engine.defaults import DEFAULTS
-from qengine.engine.job import Geometry, resolve
+from qengine.engine.job import Geometry
+from qengine.engine.resolve import resolve
 from qengine.engine.sizes import condition_size, official_size, reference_size, target_size
 from qengine.errors import RequestError
 

@@ -15,11 +15,12 @@ from PIL import Image
 from pipelines import shared_pipeline
 from qengine import Decoded, EditRequest, Encoded, Engine, RunState, Step
 from qengine.engine.defaults import DEFAULTS
-from qengine.engine.job import Job, resolve
+from qengine.engine.job import Job
 from qengine.engine.keep.options import Keep
 from qengine.engine.latents import initial_noise, unpack
 from qengine.engine.plan import JobFacts
 from qengine.engine.reference.options import Reference
+from qengine.engine.resolve import resolve
 from qengine.errors import InputError, RequestError
 
 NAME, SIZE = "qwen-image-edit-2511", (48, 32)
