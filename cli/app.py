@@ -9,7 +9,7 @@ import click
 
 from ..errors import RequestError
 from ..version import __version__
-from . import options
+from . import options, stats
 from .command import SETTINGS, Command, Group
 from .queue import RENDER_SECTIONS
 
@@ -117,6 +117,7 @@ def _commands() -> list[click.Command]:
         Command("hints", _hints, options.PLAIN_SECTIONS, [("words", "[PROMPT]", True)], HINTS_HELP),
         Command("plan", _plan, options.PLAN_SECTIONS, [("words", "[MODEL]", True)], PLAN_HELP),
         Command("pack", _pack, options.PACK_SECTIONS, [("words", "[MODEL]", True)], PACK_HELP),
+        Command("stats", _stats, stats.SECTIONS, [("words", "[MODEL]", True)], stats.HELP),
         Command("info", _info, options.INFO_SECTIONS, [("words", "[SUBJECT]", True)], INFO_HELP),
         Command("pull", _pull, options.MODEL_SECTIONS, model, "Download a model into the hub's cache; resumes."),
         Command("ls", _ls, options.PLAIN_SECTIONS, (), "List the models that are here."),
@@ -216,6 +217,10 @@ def _pack(words: tuple[str, ...], **values: Any) -> int:
     from .pack import carry_out
 
     return carry_out(words, values, _talk(values))
+
+
+def _stats(words: tuple[str, ...], **values: Any) -> int:
+    return stats.carry_out(words, values, _talk(values))
 
 
 def _info(words: tuple[str, ...], **values: Any) -> int:
