@@ -24,6 +24,7 @@ class AllocationMeter(TorchDispatchMode):
 
     Args:
         limit_bytes: most bytes that may be alive; None only counts.
+        meta: count tensors on the meta device as if they had memory, which measures a model without having it.
 
     Attributes:
         live: bytes alive now.
@@ -31,8 +32,9 @@ class AllocationMeter(TorchDispatchMode):
         allocations: operations that made a storage.
     """
 
-    def __init__(self, limit_bytes: int | None = None) -> None:
+    def __init__(self, limit_bytes: int | None = None, *, meta: bool = True) -> None:
         super().__init__()
+        self._meta = meta
         self.limit_bytes = limit_bytes
         self.live = self.peak = self.allocations = 0
         self._known: set[int] = set()
@@ -46,7 +48,8 @@ class AllocationMeter(TorchDispatchMode):
         return result
 
     def _watch(self, tree: Any, *, counted: bool) -> bool:
-        storages = [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+        tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+        storages = [each.untyped_storage() for each in tensors if self._meta or not each.is_meta]
         fresh = {storage._cdata: storage for storage in storages if storage._cdata not in self._known}
         for key, storage in fresh.items():
             nbytes = storage.nbytes() if counted else 0
@@ -85,7 +88,7 @@ def make_ceiling(device: torch.device, limit_bytes: int | None, context_bytes: i
     if limit_bytes is None:
         return no_ceiling
     if device.type == "cpu":
-        meter = AllocationMeter(limit_bytes)
+        meter = AllocationMeter(limit_bytes, meta=False)
         return lambda: meter
     return lambda: _allocator_limit(device, limit_bytes - context_bytes - FIXED_MARGIN_BYTES)
 

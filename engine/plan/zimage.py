@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 from ..kl.config import KlConfig
@@ -10,7 +11,7 @@ from ..kl.cut import kl_cut
 from ..kl.memory import decode_bytes, encode_bytes, weight_bytes
 from ..layout import ITEM_BYTES
 from ..vae.cut import Cut
-from ..zimage.config import MAX_TIME_CHANNELS, ZImageConfig, padded
+from ..zimage.config import ZImageConfig, padded
 from .activations import COMPLEX_BYTES, FLOAT_BYTES, SMALL_BYTES, Linear, attention_scratch, decoder_bytes
 from .facts import ALIGNMENT_BYTES, Items, Part, Stack, count_under, shapes_of, stack_of
 
@@ -18,11 +19,15 @@ if TYPE_CHECKING:
     from ...loaders.component import Component
     from .jobs import JobFacts
 
-MODULATION = "adaLN_modulation."
-"""Parameters of a block that the modulation rows take the place of."""
+MODULATION = ("adaLN_modulation.", "t_embedder.")
+"""What the modulation rows take the place of, inside a block or before them."""
 
 UNUSED_LAYERS = 1
 BOUNCE_BUFFERS = 2
+TURN_BYTES = 40
+"""Of one rotation while it is made: an angle in float64 and float32, cosine and sine, and the joined copy."""
+
+POSITION_BYTES = 32
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class ZTransformer:
         stack: noise refiner and joint layers without their modulation.
         refiner: blocks of the context refiner, which run once per prompt through one slot.
         caption_parameters: of what embeds a caption.
+        modulation_largest: numbers of the largest matrix that the modulation rows are made of.
     """
 
     part: Part
@@ -41,6 +47,7 @@ class ZTransformer:
     config: ZImageConfig
     ends_parameters: int
     caption_parameters: int
+    modulation_largest: int
     ops: tuple[str, ...] = ("attention", "modulate", "rope")
 
     @property
@@ -55,8 +62,8 @@ class ZTransformer:
 
     def denoise_bytes(self, job: JobFacts, s: int, linear: Linear, attention: str) -> int:
         """The largest of a step, of refining the captions and of computing the modulation rows."""
-        step = self._lasting(job, s) + self._step(job, s, linear, attention)
-        return max(step, self._refining(job, s, attention), self._rows_made(job))
+        step = self.step_bytes(job, s, linear, attention)
+        return max(step, self.caption_bytes(job, s, attention), self.modulation_bytes(job))
 
     def once_bytes(self, plain: str) -> int:
         """The bounce buffers of the caption branch, and its ends before they are on the device."""
@@ -91,44 +98,47 @@ class ZTransformer:
         latents = values * (s * (1 + job.branches) + FLOAT_BYTES * (6 + 2 * job.branches))
         return SMALL_BYTES + sum(branches) + latents
 
-    def _step(self, job: JobFacts, s: int, linear: Linear, attention: str) -> int:
-        """The widest moment of a step: a block over the longest branch, or the images beside the joined states."""
+    def step_bytes(self, job: JobFacts, s: int, linear: Linear, attention: str) -> int:
+        """What lives through a step, and its widest moment: a block over the longest branch, or the joining."""
         joint = padded(job.target_tokens) + max(map(padded, job.text_tokens))
         images = job.branches * padded(job.target_tokens) * self.config.dim * s
-        return max(self._block(joint, s, linear, attention), 2 * images)
+        return self._lasting(job, s) + max(self._block(joint, s, linear, attention), 2 * images)
 
     def _block(self, tokens: int, s: int, linear: Linear, attention: str) -> int:
         """One block beside its hidden states.
 
         Attention: what the norm made, queries, keys, values, result and its projection ``6 J d s``; feed-forward: what
         the norm made, gate, value and result ``(2 J d + 2 J F) s``; each with the scratch of its linear layer; a norm
-        in float32 beside what it reads and makes.
+        in float32 beside what it reads and makes; that of the heads, some tokens at a time, beside ``4 J d s``.
         """
         d, ffn = self.config.dim, self.config.ffn_dim
         heads = attention_scratch(attention, tokens, d, self.config.n_heads, s)
         projected = linear.scratch(tokens, d, d)
-        attended = max(6 * tokens * d * s + projected, 5 * tokens * d * s + heads)
+        turned = 4 * tokens * d * s + min(tokens * d, linear.chunk_elements) * (3 * FLOAT_BYTES + s)
+        attended = max(6 * tokens * d * s + projected, 5 * tokens * d * s + heads, turned)
         wide = (1 * d + 2 * ffn) * tokens * s
         fed = max(wide + linear.scratch(tokens, d, ffn), wide + tokens * d * s + linear.scratch(tokens, ffn, d))
         norm = tokens * d * (3 * FLOAT_BYTES + 3 * s)
         return max(attended, fed, norm)
 
-    def _refining(self, job: JobFacts, s: int, attention: str) -> int:
+    def caption_bytes(self, job: JobFacts, s: int, attention: str) -> int:
         """The caption branch: its ends, then one slot through which its blocks go, beside captions and prompts."""
         config, plain = self.config, "F32" if s == FLOAT_BYTES else "BF16"
         kept = sum(
             padded(text) * (config.dim * s + config.head_dim // 2 * COMPLEX_BYTES) + 2 * text * config.cap_feat_dim * s
             for text in job.text_tokens
         )
-        longest = max(map(padded, job.text_tokens))
+        longest, most = max(map(padded, job.text_tokens)), padded(job.target_tokens)
         norm = longest * config.cap_feat_dim * (3 * FLOAT_BYTES + 3 * s) + longest * config.dim * s
         ends = self.caption_parameters * s + ALIGNMENT_BYTES + norm
         slot = max(self.refiner.slab_bytes("bf16", plain), default=0)
-        return SMALL_BYTES + kept + max(ends, slot + self._block(longest, s, Linear("torch", s), attention))
+        turns = (longest + most) * (config.head_dim // 2 * TURN_BYTES + POSITION_BYTES)
+        return SMALL_BYTES + kept + max(ends, slot + self._block(longest, s, Linear("torch", s), attention), turns)
 
-    def _rows_made(self, job: JobFacts) -> int:
-        """One ``[4 d, 256]`` weight as stored and in float32, and the rows of every block twice in float32."""
-        weight = (4 * self.config.dim * (MAX_TIME_CHANNELS + 1)) * 2 * FLOAT_BYTES
+    def modulation_bytes(self, job: JobFacts) -> int:
+        """One weight as stored and, where it is not float32, in it; the rows of every block twice in float32."""
+        stored = 0 if self.part.dtypes == ("F32",) else max(ITEM_BYTES.get(name, 0) for name in self.part.dtypes)
+        weight = self.modulation_largest * (stored + FLOAT_BYTES)
         return SMALL_BYTES + weight + 2 * self.rows_bytes(job, FLOAT_BYTES)
 
 
@@ -215,7 +225,8 @@ class KlVaeFacts:
 def z_transformer(component: Component, keep: frozenset[str]) -> ZTransformer:
     """Facts of a Z-Image transformer; ``keep`` names the matrices of a block that stay plain in every weight format."""
     config, shapes = ZImageConfig.from_dict(component.config), shapes_of(component)
-    used = {name: shape for name, shape in shapes.items() if MODULATION not in name}
+    modulation = {name: shape for name, shape in shapes.items() if any(mark in name for mark in MODULATION)}
+    used = {name: shape for name, shape in shapes.items() if name not in modulation}
     noise = stack_of(used, "noise_refiner.", config.n_refiner_layers)
     layers = stack_of(used, "layers.", config.n_layers)
     return ZTransformer(
@@ -225,6 +236,7 @@ def z_transformer(component: Component, keep: frozenset[str]) -> ZTransformer:
         config=config,
         ends_parameters=count_under(used, "all_x_embedder.", "all_final_layer.", "x_pad_token"),
         caption_parameters=count_under(used, "cap_embedder.", "cap_pad_token"),
+        modulation_largest=max(map(prod, modulation.values())),
     )
 
 
