@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +99,23 @@ def open_vl(place: str | Path) -> VLSource:
     template = chat_template(require_tokenizer(folder))
     component = Component("vl", config, checkpoint)
     return VLSource(folder, component, template, variant_of(template), _processor(folder, config["vision_config"]))
+
+
+def vocabulary_sha256(folder: Path) -> str | None:
+    """SHA-256 over a tokenizer's words and their ids, whatever file holds them; None where none is readable here.
+
+    Raises:
+        CheckpointError: the file is no JSON object.
+    """
+    whole, plain = folder / "tokenizer.json", folder / "vocab.json"
+    if whole.is_file():
+        model = read_json(whole).get("model")
+        words = model.get("vocab") if isinstance(model, dict) else None
+    else:
+        words = read_json(plain) if plain.is_file() else None
+    if not isinstance(words, dict):
+        return None
+    return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()
 
 
 def variant_of(template: str) -> str:

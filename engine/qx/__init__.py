@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from .file import JobFile, read_job, write_job
-from .use import blended, request_of
+from .use import Prepared, blended, prepare, request_of
 
-__all__ = ["JobFile", "blended", "read_job", "request_of", "write_job"]
+__all__ = ["JobFile", "Prepared", "blended", "prepare", "read_job", "request_of", "write_job"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import ntpath
@@ -20,6 +19,7 @@ from ...version import __version__
 from ..given import Given
 from ..vl import BlendKnobs, Knobs, RawExtraction, Seen
 from .job import AGAIN, JobFile
+from .settings import knob_values, knob_words
 
 FORMAT = "qengine-job"
 VERSION = 1
@@ -48,8 +48,8 @@ def to_text(job: JobFile, tensors: Mapping[str, torch.Tensor]) -> str:
         "size": job.given.size,
         "pictures": [vars(seen) for seen in job.pictures],
         "vl": None if job.raw is None else _raw_words(job.raw),
-        "knobs": _knob_words(job.knobs),
-        "blend": _knob_words(job.blend),
+        "knobs": knob_words(job.knobs),
+        "blend": knob_words(job.blend),
         "extractor": dict(job.extractor),
         "model": dict(job.model),
         "render": dict(job.render),
@@ -83,8 +83,8 @@ def from_text(text: str, tensors: Mapping[str, torch.Tensor], name: str, sha256:
             prompt=said["prompt"],
             negative_prompt=said["negative_prompt"],
             pictures=_pictures(said["pictures"]),
-            knobs=Knobs(**_knobs(said["knobs"])),
-            blend=BlendKnobs(**_knobs(said["blend"])),
+            knobs=Knobs(**knob_values(said["knobs"])),
+            blend=BlendKnobs(**knob_values(said["blend"])),
             extractor=dict(said["extractor"]),
             model=dict(said["model"]),
             render=dict(said["render"]),
@@ -207,19 +207,3 @@ def _given(said: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Give
 
 def _pictures(words: list[Mapping[str, Any]]) -> tuple[Seen, ...]:
     return tuple(Seen(str(each["sha256"]), int(each["width"]), int(each["height"])) for each in words)
-
-
-def _knob_words(knobs: Knobs | BlendKnobs) -> dict[str, Any]:
-    words = dataclasses.asdict(knobs)
-    if isinstance(words.get("hidden_layer"), Mapping):
-        words["hidden_layer"] = {str(layer): weight for layer, weight in words["hidden_layer"].items()}
-    return words
-
-
-def _knobs(words: Mapping[str, Any]) -> dict[str, Any]:
-    found = dict(words)
-    if isinstance(found.get("hidden_layer"), Mapping):
-        found["hidden_layer"] = {int(layer): float(weight) for layer, weight in found["hidden_layer"].items()}
-    if found.get("alphas") is not None:
-        found["alphas"] = tuple(found["alphas"])
-    return found

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ...errors import RequestError
+from ..given import Given
+from ..request import GenerateRequest
 from ..vl import (
     EXPERIMENTAL,
     MAX_CAPTION_ROWS,
@@ -22,11 +25,31 @@ from ..vl import (
 )
 from ..vl import blend as blend_rows
 from ..vl.condition import advice
+from ..zimage.config import ZImageConfig
+from .fit import check_made_by, check_model, picture_notes, template_notes
 from .job import JobFile
+from .settings import Settings, knob_words, settle
 
 if TYPE_CHECKING:
-    from ..request import GenerateRequest
     from ..session import Engine
+
+ALONE = "(the picture alone)"
+"""Stands for the prompt where there is none."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job file made ready for a run.
+
+    Attributes:
+        request: for ``Engine.stream``.
+        notes: what the user should hear.
+        record: for the metadata of the picture: hash of the file, knobs, what read and encoded.
+    """
+
+    request: GenerateRequest
+    notes: tuple[str, ...]
+    record: Mapping[str, Any]
 
 
 def blended(
@@ -55,7 +78,8 @@ def blended(
         RequestError: a layer, statistics or the prompt is missing, widths differ, or a setting is out of range.
     """
     if text_embeds is None:
-        _check_alone(blend)
+        if not _alone(blend):
+            raise _no_prompt(blend)
         rows = condition(raw, knobs, statistics=statistics).embeddings
         notes = [f"no prompt: {len(rows)} rows of the picture alone"]
     else:
@@ -70,20 +94,102 @@ def blended(
 
 
 def request_of(job: JobFile, values: Mapping[str, Any], engine: Engine) -> GenerateRequest:
-    """What a run makes of a job file.
+    """What a run makes of a job file; see :func:`prepare`."""
+    return prepare(job, values, engine).request
+
+
+def prepare(job: JobFile, values: Mapping[str, Any], engine: Engine) -> Prepared:
+    """A job file and settings to a request whose given parts are those of the file, blended anew.
 
     Args:
         job: as read.
         values: fields of the request, of ``Knobs`` and of ``BlendKnobs`` by their names, and ``statistics``; they win
-            over ``job.render``, which wins over the job's knobs.
-        engine: the opened model.
+            over ``job.render``, and both win over the job's knobs.
+        engine: the opened model; where the prompt is not the file's, it encodes it.
+
+    Raises:
+        RequestError: the prompt is missing, a value is unknown or out of range, or does not go with what is encoded.
+        CheckpointError: the job is for another kind of model, another width, or was encoded by another model.
     """
-    raise NotImplementedError
+    settings = settle(job, values)
+    check_model(job, engine.source)
+    if job.kind == "qwen-image-edit":
+        return _edit(job, settings, engine)
+    prompt = settings.fields.get("prompt", job.prompt)
+    if prompt is None and (job.raw is None or not _alone(settings.blend)):
+        raise _no_prompt(settings.blend)
+    embeds, negative = _text(job, settings, prompt, engine)
+    notes: tuple[str, ...] = ()
+    if job.raw is not None:
+        limit = ZImageConfig.from_dict(engine.source.transformer.config).caption_limit
+        embeds, notes = blended(job.raw, settings.knobs, settings.blend, embeds, settings.statistics, limit=limit)
+        notes += template_notes(job, engine.source)
+    init = None if "init_image" in settings.fields else job.given.init
+    if init is not None:
+        check_made_by(job, engine.source, "latent.init")
+        _check_size(settings, job)
+    given = Given(embeds, negative, init=init, size=None if init is None else job.given.size)
+    request = GenerateRequest(**{**settings.fields, "prompt": prompt or ALONE, "given": given})
+    return Prepared(request, (*notes, *picture_notes(job, settings.fields.get("init_image"))), _record(job, settings))
 
 
-def _check_alone(blend: BlendKnobs) -> None:
-    if blend.alpha != 1 or blend.alphas is not None:
+def _edit(job: JobFile, settings: Settings, engine: Engine) -> Prepared:
+    """An edit whose prompt, negative and references are all the file's: they were encoded together."""
+    check_made_by(job, engine.source, "what is encoded")
+    for name, own in (("prompt", job.prompt), ("negative_prompt", job.negative_prompt)):
+        if settings.fields.get(name, own) != own:
+            raise RequestError(
+                f"{name} must be the job file's {own!r}, which was encoded with the pictures, "
+                f"got {settings.fields[name]!r}",
+                hint="extract again with another one",
+            )
+    _check_size(settings, job)
+    own = {"prompt": job.prompt, "negative_prompt": job.negative_prompt, "given": job.given}
+    known = {name: value for name, value in own.items() if value is not None}
+    return Prepared(GenerateRequest(**{**settings.fields, **known}), (), _record(job, settings))
+
+
+def _text(
+    job: JobFile, settings: Settings, prompt: str | None, engine: Engine
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Embeddings of the prompt and the negative prompt, of the file where it has them of these words."""
+    if prompt is None:
+        return None, None
+    negative = settings.fields.get("negative_prompt", job.negative_prompt)
+    if job.given.prompt_embeds is not None and prompt == job.prompt:
+        check_made_by(job, engine.source, "text.embeds")
+        return job.given.prompt_embeds, job.given.negative_embeds if negative == job.negative_prompt else None
+    fields = {name: value for name, value in settings.fields.items() if name != "init_image"}
+    found = engine.encode(GenerateRequest(**{**fields, "prompt": prompt})).conditioning
+    made = found.prompt_embeds, found.negative_embeds
+    return made[0].cpu(), None if made[1] is None else made[1].cpu()
+
+
+def _alone(blend: BlendKnobs) -> bool:
+    return blend.alpha == 1 and blend.alphas is None
+
+
+def _no_prompt(blend: BlendKnobs) -> RequestError:
+    return RequestError(
+        f"prompt must be given where the picture's share is below 1, got none at alpha {blend.alpha:g}",
+        hint="add --prompt, or take the picture alone with --alpha 1",
+    )
+
+
+def _check_size(settings: Settings, job: JobFile) -> None:
+    asked = settings.fields.get("size")
+    if asked is not None and asked != job.given.size:
+        own = "x".join(map(str, job.given.size or ()))
         raise RequestError(
-            f"prompt must be given where the picture's share is below 1, got none at alpha {blend.alpha:g}",
-            hint="add --prompt, or take the picture alone with --alpha 1",
+            f"size must be {own} as the latents in the job file, got {asked[0]}x{asked[1]}",
+            hint="leave --size out, or extract again with it",
         )
+
+
+def _record(job: JobFile, settings: Settings) -> dict[str, Any]:
+    words: dict[str, Any] = {"sha256": job.sha256, "extractor": job.extractor.get("label")}
+    if job.raw is not None:
+        words |= {"knobs": knob_words(settings.knobs), "blend": knob_words(settings.blend)}
+        words["pictures"] = [seen.sha256 for seen in job.raw.pictures]
+        words["alone"] = settings.fields.get("prompt", job.prompt) is None
+    return words
