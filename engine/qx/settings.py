@@ -14,7 +14,7 @@ from .job import JobFile
 
 KNOB_NAMES = frozenset(field.name for field in fields(Knobs))
 BLEND_NAMES = frozenset(field.name for field in fields(BlendKnobs))
-REQUEST_NAMES = frozenset(field.name for field in fields(GenerateRequest)) - {"given"}
+REQUEST_NAMES = frozenset(field.name for field in fields(GenerateRequest)) - {"given"} | {"denoise"}
 
 
 @dataclass(frozen=True)

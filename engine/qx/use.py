@@ -11,7 +11,7 @@ import torch
 
 from ...errors import RequestError
 from ..given import Given
-from ..request import GenerateRequest
+from ..request import EditRequest, GenerateRequest
 from ..vl import (
     EXPERIMENTAL,
     MAX_CAPTION_ROWS,
@@ -146,7 +146,7 @@ def _edit(job: JobFile, settings: Settings, engine: Engine) -> Prepared:
     _check_size(settings, job)
     own = {"prompt": job.prompt, "negative_prompt": job.negative_prompt, "given": job.given}
     known = {name: value for name, value in own.items() if value is not None}
-    return Prepared(GenerateRequest(**{**settings.fields, **known}), (), _record(job, settings))
+    return Prepared(EditRequest(**{**settings.fields, **known, "images": ()}), (), _record(job, settings))
 
 
 def _text(
@@ -159,7 +159,7 @@ def _text(
     if job.given.prompt_embeds is not None and prompt == job.prompt:
         check_made_by(job, engine.source, "text.embeds")
         return job.given.prompt_embeds, job.given.negative_embeds if negative == job.negative_prompt else None
-    fields = {name: value for name, value in settings.fields.items() if name != "init_image"}
+    fields = {name: value for name, value in settings.fields.items() if name not in ("init_image", "strength")}
     found = engine.encode(GenerateRequest(**{**fields, "prompt": prompt})).conditioning
     made = found.prompt_embeds, found.negative_embeds
     return made[0].cpu(), None if made[1] is None else made[1].cpu()
