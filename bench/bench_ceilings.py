@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from qengine import Choices, EditRequest, Engine, Step
 from qengine.bench.bench_tiny import PROMPT, picture
 from qengine.bench.gpu.weights import RandomCheckpoint

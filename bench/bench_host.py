@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from qengine.bench.true_shapes import transformer
 
 CONFIG = {**transformer(4), "zero_cond_t": False}

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
-from safetensors.torch import load_file, save_file
-
 from qengine.bench.rivals import duel
 from qengine.bench.true_shapes import transformer
 from qengine.engine.dit import QwenImageTransformer
 from qengine.loaders.component import open_transformer
+from safetensors.torch import load_file, save_file
 
 CPU = torch.device("cpu")
 CONFIG = transformer(2)

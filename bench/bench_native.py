@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from qengine.bench.limits import copies, fastest
 from qengine.bench.rivals import CPU, in_turns, ratio
 from qengine.kernels import native

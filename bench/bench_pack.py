@@ -7,15 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-
 from qengine.bench.rivals import in_turns, ratio
 from qengine.bench.true_shapes import transformer
 from qengine.engine.dit import QwenImageTransformer
 from qengine.engine.quant import dequantise_weight
 from qengine.engine.stack import pack
 from qengine.loaders.component import Component
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 CONFIG = transformer(1)
 ERROR = {"int8": 0.01, "fp8": 0.04}

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
 from qengine import Engine
 from qengine.bench.bench_tiny import PROMPT, picture
 from qengine.bench.rivals import in_turns, ratio

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-
 from qengine import Engine
 from qengine.bench.rivals import duel
 from qengine.bench.stock import reference_areas, stock_pipeline

@@ -18,7 +18,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-
 from qengine.bench.rivals import duel
 from qengine.bench.true_shapes import VAE
 from qengine.engine.vae import ImageVAE

@@ -115,7 +115,8 @@ class GenerateRequest:
         if self.strength is not None and self.init_image is None and not latents:
             raise RequestError("strength must stand beside init_image, got it alone", hint="name a picture")
         given_size = None if self.given is None else self.given.size
-        if None not in (self.size, given_size) and self.size != given_size:
+        rounded = self.size_rule == "floor16"
+        if None not in (self.size, given_size) and self.size != given_size and not rounded:
             raise RequestError(f"size must be that of the given latents, {given_size}, got {self.size}")
 
     @staticmethod

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ..errors import RequestError
-from .latents import pack
+from .latents import pack, unpack
 from .picture import resize, to_tensor
 
 if TYPE_CHECKING:
@@ -40,18 +40,40 @@ class Seen:
     def of(cls, job: Job, components: Components) -> Seen:
         """Encode the pictures of a run; those whose latents are given are taken as they are."""
         components.enter("reference")
-        seen = {place for cast in job.casts for place in cast}
-        references = [
-            _reference(job, place, components) if place in seen else None for place in range(len(job.references))
-        ]
+        references = _references(job, components)
         first = _first(job, references, components) if job.anchored else None
         channels = components.family.shape(components.source).latent_channels
         return cls(tuple(references), first, components.projection(), channels)
 
 
+@torch.no_grad()
+def encode_all(job: Job, components: Components) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+    """Latents [1, z, 1, h, w] of every picture, and of what a run may start from at the size of the output.
+
+    The latter is None where that is nothing, or the first picture as the VAE sees it anyway.
+    """
+    components.enter("reference")
+    packed = _references(job, components)
+    references = tuple(
+        unpack(tokens, *geometry.grid).cpu()
+        for tokens, geometry in zip(packed, job.references, strict=True)
+        if tokens is not None
+    )
+    wanted = job.init is not None or (job.given is not None and job.given.init is not None)
+    if not wanted and (not job.anchored or _same(job)):
+        return references, None
+    return references, unpack(_first(job, packed, components), *job.target.grid).cpu()
+
+
 def encode(image: Image.Image, geometry: Geometry, components: Components) -> torch.Tensor:
     """Packed clean latents of a picture [1, tokens, 4z], float32: the mode of the VAE's posterior."""
     return pack(components.vae.encode(_pixels(image, geometry).to(components.device, components.dtype)))
+
+
+def _references(job: Job, components: Components) -> list[torch.Tensor | None]:
+    """Packed latents of the pictures that any step sees."""
+    seen = {place for cast in job.casts for place in cast}
+    return [_reference(job, place, components) if place in seen else None for place in range(len(job.references))]
 
 
 def _reference(job: Job, place: int, components: Components) -> torch.Tensor:

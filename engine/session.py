@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import Cancelled
+from ..errors import Cancelled, RequestError
 from ..loaders import ModelSource, open_model
 from .ceiling import Ceiling, make_ceiling
 from .components import Components, pick_device, pick_dtype
@@ -20,6 +20,7 @@ from .defaults import Defaults, defaults_of
 from .denoise import Denoiser
 from .encode import encode
 from .events import Decoded, Encoded, Result, Step
+from .given import Given
 from .job import Job
 from .ladder import Ladder, Turn, what_would_fit
 from .latents import unpack
@@ -29,7 +30,7 @@ from .plan import Budget, Choices, JobFacts, ModelFacts, Plan, make_plan
 from .record import describe, numerics
 from .request import EditRequest, GenerateRequest
 from .resolve import resolve
-from .seen import Seen
+from .seen import Seen, encode_all
 from .state import RunState
 
 if TYPE_CHECKING:
@@ -175,11 +176,7 @@ class Engine:
             MemoryLadderError: memory ran out after every retry.
         """
         with self._turn.take(wait=wait):
-            self._cancelled.clear()
-            job = self._resolve(request)
-            plan = self._components.plan = self._plan(job)
-            ladder = self._ladder(plan)
-            climb = partial(ladder.climb, fitting=lambda: self._fitting(job, plan))
+            job, plan, ladder, climb = self._begin(request)
             try:
                 conditionings, cached = climb("encode", lambda: encode(job, self._components, self._check))
                 first = conditionings[job.shown(job.casts[0])]
@@ -212,15 +209,54 @@ class Engine:
             MemoryLadderError: memory ran out after every retry.
         """
         with self._turn.take(wait=wait):
-            self._cancelled.clear()
-            job = self._resolve(request)
-            plan = self._components.plan = self._plan(job)
-            climb = partial(self._ladder(plan).climb, fitting=lambda: self._fitting(job, plan))
+            job, plan, _, climb = self._begin(request)
             try:
                 made, cached = climb("encode", lambda: encode(job, self._components, self._check))
             finally:
                 self._components.rest()
             return Encoded(made[job.shown(job.casts[0])], cached, self.source.notes + job.notes + self._words(plan))
+
+    def extract(self, request: GenerateRequest, *, wait: bool = False) -> Given:
+        """Encode all that a run encodes, for a run elsewhere or later, and run nothing more.
+
+        ``stream(request)`` and ``stream(replace(request, given=extract(request)))`` give the same bits on the same kind
+        of device; the second needs neither the text encoder nor the pictures.
+
+        Args:
+            request: what is to be made.
+            wait: wait for a run under way in another thread.
+
+        Returns:
+            Embeddings of the prompt, and of the negative prompt where guidance is on; latents of the pictures to edit
+            and of the picture to start from, float32; all on the CPU.
+
+        Raises:
+            RequestError: as :meth:`encode`, or not every step sees every picture.
+            InputError: a picture cannot be used.
+            Cancelled: :meth:`cancel` was called.
+            PlanError: the request does not fit the ceilings.
+            MemoryLadderError: memory ran out after every retry.
+        """
+        with self._turn.take(wait=wait):
+            job, _, _, climb = self._begin(request)
+            every = tuple(range(len(job.references)))
+            if job.casts != (every,):
+                raise RequestError(
+                    "every picture must be seen by every step to be encoded beforehand, got strengths of 0",
+                    hint="leave out the pictures, or say the strength when the picture is made",
+                )
+            try:
+                made, _ = climb("encode", lambda: encode(job, self._components, self._check))
+                latents: tuple[tuple[torch.Tensor, ...], torch.Tensor | None] = (), None
+                if job.references or job.init is not None:
+                    self._check()
+                    latents = climb("reference", lambda: encode_all(job, self._components))
+            finally:
+                self._components.rest()
+        references, init = latents
+        known = made[job.shown(every)].to(torch.device("cpu"))
+        size = (job.target.width, job.target.height) if references or init is not None else None
+        return Given(known.prompt_embeds, known.negative_embeds, references, init, size)
 
     def edit(self, images: Picture | list[Picture] | tuple[Picture, ...], prompt: str, **options: Any) -> Result:
         """Edit one picture or several; ``options`` are the fields of :class:`EditRequest`."""
@@ -257,6 +293,14 @@ class Engine:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _begin(self, request: GenerateRequest) -> tuple[Job, Plan, Ladder, Callable[..., Any]]:
+        """What every run begins with: the job, its plan, and how its phases are climbed."""
+        self._cancelled.clear()
+        job = self._resolve(request)
+        plan = self._components.plan = self._plan(job)
+        ladder = self._ladder(plan)
+        return job, plan, ladder, partial(ladder.climb, fitting=lambda: self._fitting(job, plan))
 
     def _check(self) -> None:
         if self._cancelled.is_set():
