@@ -107,7 +107,7 @@ def parameters_text(metadata: Mapping[str, Any]) -> str:
     facts = {
         "Steps": request.get("num_inference_steps"),
         "Sampler": "Euler",
-        "CFG scale": request.get("true_cfg_scale"),
+        "CFG scale": request.get("true_cfg_scale", request.get("guidance_scale")),
         "Seed": request.get("seed"),
         "Size": f"{size[0]}x{size[1]}" if size else None,
         "Model": metadata.get("model", {}).get("label"),

@@ -67,7 +67,7 @@ def encode_all(job: Job, components: Components) -> tuple[tuple[torch.Tensor, ..
 
 def encode(image: Image.Image, geometry: Geometry, components: Components) -> torch.Tensor:
     """Packed clean latents of a picture [1, tokens, 4z], float32: the mode of the VAE's posterior."""
-    return pack(components.vae.encode(_pixels(image, geometry).to(components.device, components.dtype)))
+    return pack(components.vae.encode(pixels_of(image, geometry).to(components.device, components.dtype)))
 
 
 def _references(job: Job, components: Components) -> list[torch.Tensor | None]:
@@ -105,7 +105,7 @@ def _packed(latents: torch.Tensor, components: Components) -> torch.Tensor:
     return pack(latents.to(components.device, torch.float32))
 
 
-def _pixels(image: Image.Image, geometry: Geometry) -> torch.Tensor:
+def pixels_of(image: Image.Image, geometry: Geometry) -> torch.Tensor:
     """The picture at its size, its right and lower edge repeated up to whole tokens: [1, 3, H, W]."""
     pixels = to_tensor(resize(image, geometry.width, geometry.height))
     width, height = geometry.padded
