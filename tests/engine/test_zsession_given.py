@@ -133,8 +133,7 @@ def test_an_edit_from_given_latents_equals_that_from_the_pictures(editor: Engine
     editor._components.plan = editor.plan(request)
     vae = editor._components.vae
     references = tuple(
-        vae.encode(pixels_of(load_picture(image).image, geometry))
-        for image, geometry in zip(request.images, job.references, strict=True)
+        vae.encode(pixels_of(each.image, geometry)) for each, geometry in zip(job.pictures, job.references, strict=True)
     )
     given = Given(known.prompt_embeds, known.negative_embeds, references, size=(64, 48))
     expected = last(editor, request)
