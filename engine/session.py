@@ -25,12 +25,13 @@ from .job import Job
 from .ladder import Ladder, Turn, what_would_fit
 from .latents import unpack
 from .measure import facts_for
-from .picture import to_picture
+from .picture import load_picture, to_picture
 from .plan import Budget, Choices, JobFacts, ModelFacts, Plan, make_plan
 from .record import describe, numerics
 from .request import EditRequest, GenerateRequest
 from .resolve import resolve
 from .seen import Seen, encode_all
+from .seen import encode as encode_picture
 from .state import RunState
 
 if TYPE_CHECKING:
@@ -257,6 +258,35 @@ class Engine:
         known = made[job.shown(every)].to(torch.device("cpu"))
         size = (job.target.width, job.target.height) if references or init is not None else None
         return Given(known.prompt_embeds, known.negative_embeds, references, init, size)
+
+    def latents(self, image: Picture, *, size: tuple[int, int] | None = None, wait: bool = False) -> torch.Tensor:
+        """Clean normalised latents [1, z, 1, h, w] of a picture, float32 on the CPU; only the VAE is loaded.
+
+        Args:
+            image: scaled to the size, and its edges repeated up to whole tokens.
+            size: (width, height); None takes the picture's own.
+            wait: wait for a run under way in another thread.
+
+        Raises:
+            RequestError: the size is out of range, or a run is under way.
+            InputError: the picture cannot be used.
+            PlanError: the size does not fit the ceilings.
+            MemoryLadderError: memory ran out after every retry.
+        """
+        with self._turn.take(wait=wait):
+            picture = load_picture(image).image
+            more: dict[str, Any] = {"prompt": "-", "size": size or picture.size, "num_inference_steps": 1}
+            if self.defaults.max_references == 0:
+                request = GenerateRequest(init_image=picture, **more)
+            else:
+                request = EditRequest(images=(picture,), resize_control="image", **more)
+            job, _, _, climb = self._begin(request)
+            try:
+                self._components.enter("reference")
+                tokens = climb("reference", lambda: encode_picture(picture, job.target, self._components))
+            finally:
+                self._components.rest()
+            return unpack(tokens, *job.target.grid).cpu()
 
     def edit(self, images: Picture | list[Picture] | tuple[Picture, ...], prompt: str, **options: Any) -> Result:
         """Edit one picture or several; ``options`` are the fields of :class:`EditRequest`."""
