@@ -155,7 +155,7 @@ def _size_of(path: Path) -> tuple[int, int]:
 
 def _words(source: ModelSource, pictures: Sequence[Path], values: Mapping[str, Any]) -> str:
     """The request as it would be typed; a photo and a prompt stand in where none are given."""
-    makes = source.variant == "qwen-image"
+    makes = backend.defaults_of(source).max_references == 0
     prompt = values["prompt"] or ("a red bicycle" if makes else "make it night")
     words = ["generate"] if makes else ["edit", *(map(str, pictures) if pictures else ["photo.jpg"])]
     words.append(prompt)

@@ -1,4 +1,4 @@
-"""A diffusers folder of Qwen-Image-Edit-2511 in its true shapes whose weights are holes: 57.7 GB that take no room."""
+"""Models in their true shapes whose weights are holes, so that tens of GB take no room."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from qengine.bench.true_shapes import TEXT_ENCODER, TRANSFORMER, VAE
+from qengine.bench.true_shapes import TEXT_ENCODER, TRANSFORMER, VAE, VL, Z_TEXT_ENCODER, Z_TRANSFORMER, Z_VAE
 from qengine.loaders import shapes
+from qengine.loaders.vl import vl_shapes
+from qengine.loaders.zimage import shapes as z_shapes
 
 BF16_BYTES = 2
 SHARD_BYTES = 10 * 10**9
@@ -26,6 +28,16 @@ INDEX = {
     "vae": ["diffusers", "AutoencoderKLQwenImage"],
 }
 
+Z_INDEX = {
+    "_class_name": "ZImagePipeline",
+    "_diffusers_version": "0.36.0",
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "Qwen3ForCausalLM"],
+    "tokenizer": ["transformers", "Qwen2Tokenizer"],
+    "transformer": ["diffusers", "ZImageTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
 
 def write_true_shape_checkpoint(folder: Path) -> Path:
     """Write the folder: true names, shapes, dtypes and sharding; the data is a hole in each file.
@@ -39,10 +51,48 @@ def write_true_shape_checkpoint(folder: Path) -> Path:
     _write_part(folder / "text_encoder", TEXT_ENCODER, text, "model")
     _write_part(folder / "vae", VAE, shapes.vae_shapes(VAE), "diffusion_pytorch_model")
     _write_json(folder / "scheduler" / "scheduler_config.json", {"_class_name": "FlowMatchEulerDiscreteScheduler"})
-    _write_json(folder / "tokenizer" / "vocab.json", {"a": 0})
-    (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n", "utf-8")
+    _write_tokenizer(folder / "tokenizer")
     _write_json(folder / "processor" / "preprocessor_config.json", {"min_pixels": 3136, "max_pixels": 12845056})
     return folder
+
+
+def write_true_shape_zimage(folder: Path) -> Path:
+    """The same of Z-Image-Turbo: 20.5 GB that take no room.
+
+    Args:
+        folder: where to write; made when missing.
+    """
+    _write_json(folder / "model_index.json", Z_INDEX)
+    parts = {
+        "transformer": (Z_TRANSFORMER, z_shapes.transformer_shapes(Z_TRANSFORMER), "diffusion_pytorch_model"),
+        "text_encoder": (Z_TEXT_ENCODER, z_shapes.text_encoder_shapes(Z_TEXT_ENCODER), "model"),
+        "vae": (Z_VAE, z_shapes.vae_shapes(Z_VAE), "diffusion_pytorch_model"),
+    }
+    for name, (config, tensors, stem) in parts.items():
+        _write_part(folder / name, config, tensors, stem)
+    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
+    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    _write_tokenizer(folder / "tokenizer")
+    return folder
+
+
+def write_true_shape_vl(folder: Path) -> Path:
+    """The same of Qwen3-VL-4B: 8.9 GB that take no room.
+
+    Args:
+        folder: where to write; made when missing.
+    """
+    _write_part(folder, VL, vl_shapes(VL), "model")
+    _write_tokenizer(folder)
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{% endfor %}", "utf-8")
+    limits = {"shortest_edge": 65536, "longest_edge": 16777216}
+    _write_json(folder / "preprocessor_config.json", {"patch_size": 16, "size": limits})
+    return folder
+
+
+def _write_tokenizer(folder: Path) -> None:
+    _write_json(folder / "vocab.json", {"a": 0})
+    (folder / "merges.txt").write_text("#version: 0.2\n", "utf-8")
 
 
 def write_hollow(path: Path, tensors: Mapping[str, tuple[int, ...]], dtype: str = "BF16") -> int:

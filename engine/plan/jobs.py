@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ...errors import RequestError
 
 if TYPE_CHECKING:
     from ..defaults import Defaults
+    from ..given import Given
     from ..job import Job
 
 Size = tuple[int, int]
@@ -49,6 +50,8 @@ class JobFacts:
         encoded: token rows and columns of pictures that the VAE sees beside the references.
         casts: how many different sets of pictures the steps see.
         steered: references weigh otherwise than trained, or a part of the picture is kept.
+        given_tokens: per branch, tokens of conditioning that comes with the request; none where it is all encoded.
+        encodes: something is left to encode.
     """
 
     kind: str
@@ -67,6 +70,8 @@ class JobFacts:
     encoded: tuple[Size, ...] = ()
     casts: int = 1
     steered: bool = False
+    given_tokens: tuple[int, ...] = ()
+    encodes: bool = True
 
     @property
     def branches(self) -> int:
@@ -86,7 +91,7 @@ class JobFacts:
     @property
     def text_tokens(self) -> tuple[int, ...]:
         """Per branch, tokens of the conditioning."""
-        return tuple(count - self.dropped_tokens for count in self.prompt_tokens)
+        return self.given_tokens or tuple(count - self.dropped_tokens for count in self.prompt_tokens)
 
     @property
     def latent_sizes(self) -> tuple[Size, ...]:
@@ -108,7 +113,7 @@ class JobFacts:
         seen = sorted({place for cast in casts for place in cast})
         shown = sorted({place for cast in casts for place in job.shown(cast)})
         known = 0 in seen and job.references[0] == job.target
-        return cls.build(
+        made = cls.build(
             kind=job.kind,
             template=job.template_for(tuple(shown)),
             prompts=prompts,
@@ -125,6 +130,7 @@ class JobFacts:
             casts=len(casts),
             steered=job.steered,
         )
+        return made if job.given is None else _with_given(made, job.given)
 
     @classmethod
     def build(  # noqa: PLR0913  one argument per field, all by name
@@ -162,6 +168,15 @@ class JobFacts:
             dropped_tokens=0 if template in KEPT else leading,
             **fields,
         )
+
+
+def _with_given(facts: JobFacts, given: Given) -> JobFacts:
+    """The same request with conditioning that is encoded already, as far as it is."""
+    embeds = [given.prompt_embeds, given.negative_embeds][: facts.branches]
+    if embeds[0] is None:
+        return facts
+    lengths = [bound if made is None else len(made) for made, bound in zip(embeds, facts.text_tokens, strict=True)]
+    return replace(facts, given_tokens=tuple(lengths), encodes=any(made is None for made in embeds))
 
 
 def patch_grid(width: int, height: int, processor: Mapping[str, Any]) -> Size:
@@ -209,7 +224,8 @@ def foresee(
     Args:
         defaults: the model's.
         pictures: (width, height) of every picture; none stands for one square picture where the model needs one.
-        fields: fields of the request, as far as they are given.
+        fields: fields of the request, as far as they are given, and ``init_size``, (width, height) of a picture to
+            start from.
         processor: settings of the image processor.
         multiple: pixels per token side.
         rest: ``dtype`` and ``words``.
@@ -230,7 +246,10 @@ def foresee(
     prompt = fields.get("prompt") or "x" * 248
     negative = fields.get("negative_prompt") or defaults.negative_prompt
     ratios = [width / height for width, height in pictures]
-    size = fields.get("size")
+    size, start = fields.get("size"), fields.get("init_size")
+    if size is None and start is not None:
+        fits = start[0] * start[1] <= defaults.area_pixels
+        size = start if fits else area_size(defaults.area_pixels, start[0] / start[1], multiple)
     if size is None:
         lead = ratios[-1 if defaults.size_from_last else 0] if ratios else EDIT_AREA_RATIO
         size = area_size(defaults.area_pixels, lead)
@@ -246,14 +265,14 @@ def foresee(
         steps=fields.get("num_inference_steps") or defaults.num_inference_steps,
         pixels_multiple=multiple,
         notes=tuple(notes),
-        encoded=(tokens(size, multiple),) if fields.get("init_image") is not None else (),
+        encoded=() if start is None else (tokens(size, multiple),),
         **rest,
     )
 
 
 def _is_guided(defaults: Defaults, fields: Mapping[str, Any]) -> bool:
     """Whether steps run the negative prompt too: at a scale above 1, or above 0 where the model counts it so."""
-    own, given = getattr(defaults, "guidance_scale", None), fields.get("guidance_scale")
-    if own is not None:
-        return (own if given is None else given) > 0
+    given = fields.get("guidance_scale")
+    if defaults.guidance_scale is not None:
+        return (defaults.guidance_scale if given is None else given) > 0
     return (fields.get("true_cfg_scale") or max(1.0, given or defaults.true_cfg_scale)) != 1

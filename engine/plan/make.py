@@ -155,7 +155,7 @@ def _swapping(choices: Choices, streamed: int, blocks: int) -> Choices:
 def _used(model: ModelFacts, job: JobFacts) -> dict[str, int]:
     return {
         "transformer": model.transformer.used_parameters,
-        "text_encoder": model.encoder.used_parameters(job),
+        "text_encoder": model.encoder.used_parameters(job) if job.encodes else 0,
         "vae": model.vae.used_parameters,
     }
 

@@ -145,6 +145,8 @@ def vae_weights(model: ModelFacts, formats: Formats) -> int:
 def _encode(model: ModelFacts, job: JobFacts, device: DeviceFacts, formats: Formats, choices: Choices) -> Need:
     s, encoder = ITEM_BYTES[formats.plain], model.encoder
     kind = "cpu" if choices.text_encoder_cpu else device.kind
+    if not job.encodes:
+        return Need("encode", encoder.part.name, kind, formats.encoder, (), (), ())
     linear = linear_of("text_encoder", device, formats, choices)
     items = [*encoder.items(job, formats.plain), *_activations(kind, encoder.encode_bytes(job, s, linear), 0)]
     slabs = encoder.stack.slab_bytes(formats.encoder, formats.plain)
