@@ -19,7 +19,7 @@ from .command import Command
 from .jobs import Job, read_jobs, read_line
 from .manifest import Manifest, identity
 from .meter import PackMeter
-from .options import EDIT_SECTIONS
+from .options import EDIT_SECTIONS, JOB_SECTIONS
 from .order import Order, check_files, edit_order, generate_order, read_by
 from .outputs import LATENTS, PICTURE, Target, check_preview_folder, check_targets
 from .progress import Talk
@@ -61,7 +61,7 @@ def carry_out(words: Sequence[str], values: Mapping[str, Any], talk: Talk) -> in
             f"batch must get one folder or file of jobs, got {len(words)}",
             hint='qengine batch photos/ -p "make it gray"',
         )
-    command = Command("job", lambda **_: 0, EDIT_SECTIONS)
+    command = Command("job", lambda **_: 0, JOB_SECTIONS)
     interactive = words[0] == "-"
     jobs = _typed(command) if interactive else read_jobs(Path(words[0]), command.flags)
     folder = _folder(words[0], values)
@@ -171,8 +171,8 @@ class Batch:
         order = edit_order([], merged) if merged["ref"] else generate_order([], merged)
         if order.stages or order.then:
             raise RequestError("a job must be one edit, got --stage or --then", hint="qengine edit takes them")
-        check_files(order.images)
-        for path in order.images:
+        check_files(order.pictures)
+        for path in order.pictures:
             backend.check_picture(path)
         backend.make_request(order.kind, order.request, order.images, order.seeds[0])
         return order

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from .flag import Flag
 from .steer import CHAIN, KEEP, REFERENCE, SIZES, TEMPLATE
+from .zimage import INIT_IMAGE, START, START_BESIDE_EDITS
 
 DEFAULT_SEED = 0
 
@@ -60,8 +61,8 @@ REQUEST = (
         also=("--guidance_scale",),
         kind="float",
         metavar="X",
-        help="Embedded guidance. Qwen-Image models have none: there it sets --true-cfg-scale when that is not given, "
-        "and is ignored with a warning when it is.",
+        help="Z-Image: g of p + g (p - n), 0 switches it off. Qwen-Image models have none: there it sets "
+        "--true-cfg-scale when that is not given, and is ignored with a warning when it is.",
     ),
     Flag(
         name="--seed",
@@ -317,10 +318,12 @@ EDIT_SECTIONS = {
     "Output": OUTPUT + NAMING + COST,
     "Words": TALK,
 }
-BATCH_SECTIONS = {"Batch": RESUME, **EDIT_SECTIONS}
+JOB_SECTIONS = {**EDIT_SECTIONS, "Starting": START_BESIDE_EDITS}
+BATCH_SECTIONS = {"Batch": RESUME, **JOB_SECTIONS}
 COMPARE_SECTIONS = {"Comparison": COMPARE, "Words": TALK}
 GENERATE_SECTIONS = {
     "Request": tuple(flag for flag in REQUEST if flag.key != "ref") + TEMPLATE,
+    "Starting": START,
     "Model": MODEL,
     "Device": DEVICE,
     "Memory": MEMORY + PACKED,
@@ -337,7 +340,7 @@ PLAN_SECTIONS = {
     "Words": TALK,
 }
 RERUN_SECTIONS = {
-    "Request": SEED_AND_COUNT,
+    "Request": (*SEED_AND_COUNT, INIT_IMAGE),
     "Model": MODEL,
     "Device": DEVICE,
     "Memory": MEMORY + PACKED,

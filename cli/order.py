@@ -14,6 +14,7 @@ from .memory import memory_choice
 from .options import DEFAULT_SEED, OUTPUT_TYPES
 from .outputs import Wish
 from .steer import prompt_of, steering
+from .zimage import refuse_in_edit, starting
 
 IMAGE_SIZE_MULTIPLE = 16
 MAX_COUNT = 10_000
@@ -61,6 +62,12 @@ class Order:
     fingerprint: str | None = None
     rate: float | None = None
 
+    @property
+    def pictures(self) -> tuple[Path, ...]:
+        """Every picture that is read: those to edit, or the one to start from."""
+        init = self.request.get("init_image")
+        return self.images if init is None else (*self.images, init)
+
 
 def edit_order(words: Sequence[str], values: Values) -> Order:
     """The order of ``qengine edit``.
@@ -68,6 +75,7 @@ def edit_order(words: Sequence[str], values: Values) -> Order:
     Raises:
         RequestError: flags contradict each other, or the prompt or the picture is not given.
     """
+    refuse_in_edit(values)
     prompt, images = split_words(words, values)
     images += [Path(name) for name in values["ref"]]
     if not images:
@@ -80,10 +88,10 @@ def edit_order(words: Sequence[str], values: Values) -> Order:
 
 
 def read_by(order: Order) -> tuple[Path, ...]:
-    """The files that an order reads: its pictures, then its masks."""
+    """The files that an order reads: its pictures, the one to start from, then its masks."""
     keep, reference = order.request.get("keep"), order.request.get("reference")
     masks = [*((keep.mask,) if keep is not None else ()), *(reference.masks if reference is not None else ())]
-    return (*order.images, *(Path(mask) for mask in masks if mask is not None))
+    return (*order.pictures, *(Path(mask) for mask in masks if mask is not None))
 
 
 def generate_order(words: Sequence[str], values: Values) -> Order:
@@ -106,7 +114,9 @@ def generate_order(words: Sequence[str], values: Values) -> Order:
             "model must be named: the one inside qengine only edits",
             hint=f"qengine pull {SUGGESTED_MODEL} && qengine generate {_quoted(prompt)} --model {SUGGESTED_MODEL}",
         )
-    return _order("generate", prompt, (), values, make_wish(values, "generated", "", ()))
+    started = starting(values)
+    never = (started["init_image"],) if "init_image" in started else ()
+    return _order("generate", prompt, (), values, make_wish(values, "generated", "", never), started)
 
 
 def split_words(words: Sequence[str], values: Values) -> tuple[str, list[Path]]:

@@ -25,6 +25,11 @@ REQUEST_FIELDS = (
     "flow_shift",
     "resize_control",
     "denoise",
+    "strength",
+    "schedule",
+    "cfg_normalization",
+    "cfg_truncation",
+    "size_rule",
 )
 
 
@@ -42,6 +47,8 @@ def rerun_order(picture: Path, values: Mapping[str, Any], talk: Talk) -> Order:
     if "size" in request:
         request["size"] = tuple(request["size"])
     request |= _kept(record["request"], picture) | _referred(record["request"], picture)
+    request |= _started(record["request"], picture, values, talk)
+    never = (*images, *([request["init_image"]] if "init_image" in request else []), picture)
     seed = values["seed"] if values["seed"] is not None else record["request"]["seed"]
     choice = model_choice(values)
     named = any(choice.get(name) for name in ("model", *SINGLE_FILES))
@@ -52,7 +59,7 @@ def rerun_order(picture: Path, values: Mapping[str, Any], talk: Talk) -> Order:
         request=request,
         seeds=seeds_of(seed, values["count"]),
         model={**model, **_device(record, values), **memory_choice(values, _numerics(record, picture))},
-        wish=make_wish(values, f"{picture.stem}_rerun", "", (*images, picture)),
+        wish=make_wish(values, f"{picture.stem}_rerun", "", never),
         preview=Path(values["preview"]) if values["preview"] else None,
         metadata=not values["no_metadata"],
         as_json=values["json"],
@@ -150,6 +157,32 @@ def _referred(request: Mapping[str, Any], picture: Path) -> dict[str, Any]:
     }
 
 
+def _started(request: Mapping[str, Any], picture: Path, values: Mapping[str, Any], talk: Talk) -> dict[str, Any]:
+    """The picture that a recorded run started from, found by its bytes or named anew.
+
+    Raises:
+        InputError: it is not found unchanged, or parts of the run were given and are not in the record.
+        RequestError: the recorded run started from no picture.
+    """
+    if request.get("given") is not None:
+        raise InputError(
+            f"{picture} must hold all that made it, got a record of parts that were encoded elsewhere",
+            hint="repeat the command with its --conditioning file",
+        )
+    said, named = request.get("init_image"), values.get("init_image")
+    if not isinstance(said, dict):
+        if named is not None:
+            raise RequestError("--init-image must be used with a run that started from a picture, got another")
+        return {}
+    digest = str(said.get("sha256"))
+    if named is None:
+        return {"init_image": _find(str(said.get("path")), digest, picture, "--init-image")}
+    check_files([Path(named)])
+    if sha256_of(Path(named)) != digest:
+        talk.warn("the picture given by --init-image is not the recorded one, so the result will differ")
+    return {"init_image": Path(named)}
+
+
 def _mask_file(mask: Any, picture: Path) -> Path | None:
     return _find(str(mask["path"]), str(mask["sha256"]), picture) if isinstance(mask, dict) else None
 
@@ -176,7 +209,7 @@ def _images(record: Mapping[str, Any], picture: Path, values: Mapping[str, Any],
     return tuple(_find(each["path"], each["sha256"], picture) for each in wanted)
 
 
-def _find(recorded: str, digest: str, picture: Path) -> Path:
+def _find(recorded: str, digest: str, picture: Path, flag: str = "--ref") -> Path:
     """The recorded input, by its path or beside the picture, if its bytes are the recorded ones."""
     name = recorded.replace("\\", "/").rsplit("/", 1)[-1]
     candidates: Sequence[Path] = [path for path in (Path(recorded), picture.parent / name) if path.is_file()]
@@ -186,9 +219,9 @@ def _find(recorded: str, digest: str, picture: Path) -> Path:
     if candidates:
         raise InputError(
             f"input picture {candidates[0]} must be the recorded one (sha256 {digest[:12]}), got a changed file",
-            hint="give the original with --ref, or another picture to edit that one instead",
+            hint=f"give the original with {flag}, or another picture to use that one instead",
         )
-    raise InputError(f"input picture {recorded} must be there, got no such file", hint="give it with --ref")
+    raise InputError(f"input picture {recorded} must be there, got no such file", hint=f"give it with {flag}")
 
 
 def sha256_of(path: Path) -> str:

@@ -38,12 +38,12 @@ def carry_out(order: Order, talk: Talk) -> int:
 
     Everything that can be wrong without the model is found before the model is opened.
     """
-    check_files(order.images)
+    check_files(order.pictures)
     targets = choose(order.wish, order.seeds)
     if order.preview is not None:
         check_preview_folder(order.preview)
     requests = [backend.make_request(order.kind, order.request, order.images, seed) for seed in order.seeds]
-    for path in order.images:
+    for path in order.pictures:
         backend.check_picture(path)
     items = [Item(request, target) for request, target in zip(requests, targets, strict=True)]
     try:
