@@ -19,7 +19,7 @@ import torch
 
 from ...errors import DeviceError, QEngineError
 from ...version import __version__
-from . import ahead, engine, kernels, probes, rival
+from . import ahead, engine, kernels, probes, rival, zimage
 from .table import table
 from .watch import Stage, watch
 
@@ -27,8 +27,8 @@ HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "gpu.jsonl"
 PACKAGES = ("torch", "triton", "diffusers", "accelerate", "transformers", "numpy")
 DEADLINE_SECONDS = 520.0
-LIMITS = {"probes": 60.0, "kernels": 40.0, "engine": 100.0, "rival": 130.0, "ahead": 60.0}
-SHARES = {"probes": 60.0, "kernels": 130.0, "engine": 250.0, "rival": 140.0, "ahead": 60.0}
+LIMITS = {"probes": 60.0, "kernels": 40.0, "engine": 100.0, "zimage": 40.0, "rival": 130.0, "ahead": 60.0}
+SHARES = {"probes": 50.0, "kernels": 110.0, "engine": 190.0, "zimage": 60.0, "rival": 110.0, "ahead": 60.0}
 
 TOY_PATIENCE = 5.0
 """A toy is run by tests, beside other work, and may take so many times as long."""
@@ -40,6 +40,7 @@ def stages(toy: bool) -> tuple[Stage, ...]:
         "probes": probes.CASES,
         "kernels": kernels.cases(toy),
         "engine": engine.TOY_CASES if toy else engine.CASES,
+        "zimage": zimage.TOY_CASES if toy else zimage.CASES,
     }
     made = [_stage(name, found, toy) for name, found in cases.items()]
     rivals = [_stage("rival", (case,), toy) for case in (rival.CASES[:3] if toy else rival.CASES)]

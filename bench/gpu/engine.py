@@ -5,27 +5,22 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ...engine.ceiling import AllocationMeter, make_ceiling
-from ...engine.dit import ModulationTable, QwenImageTransformer
-from ...engine.latents import combine, initial_noise
 from ...engine.measure import device_facts, facts_for
-from ...engine.plan import Blocks, Budget, Choices, ModelFacts, PhasePlan, Plan, make_plan, parse_size
-from ...engine.plan.rules import step_flops
-from ...engine.schedule import make_schedule
+from ...engine.plan import Blocks, Budget, Choices, ModelFacts, Plan, make_plan, parse_size
 from ...engine.stack import Hold
 from ...kernels.quant import STORED
 from ..clock import Stopwatch
-from .geometry import EDIT_2511, TOY, Geometry
+from .geometry import EDIT_2511, TOY, Measured
 from .probes import LINK_BYTES, TOY_BYTES, link, link_bytes_per_second
 from .worker import Line, Run, per_step, pick_device, serve
 
-SEED = 7
 RAM_BYTES = 100 << 30
 CASES = (
     "fp8 resident",
@@ -43,8 +38,13 @@ TOY_CASES = ("fp8 resident", "fp8 swap1", "fp8 swap2", "fp8 sequential", "int8 r
 
 def engine(toy: bool) -> Run:
     """What measures a case ``FORMAT PLACE``; PLACE is ``resident``, ``sequential``, ``swapN`` or a ceiling."""
+    return measuring(TOY if toy else EDIT_2511, toy)
+
+
+def measuring(geometry: Measured, toy: bool) -> Run:
+    """The same of any geometry."""
     device = pick_device(toy)
-    bench = Bench(TOY if toy else EDIT_2511, device, link(device, TOY_BYTES if toy else LINK_BYTES))
+    bench = Bench(geometry, device, link(device, TOY_BYTES if toy else LINK_BYTES))
 
     def run(case: str) -> Iterator[Line]:
         weights, _, place = case.partition(" ")
@@ -62,16 +62,14 @@ class Bench:
         found: what the link's probe said.
     """
 
-    def __init__(self, geometry: Geometry, device: torch.device, found: Line) -> None:
+    def __init__(self, geometry: Measured, device: torch.device, found: Line) -> None:
         self._geometry, self._device = geometry, device
         self._link = link_bytes_per_second(found)
         self._source = geometry.source()
         self._facts = ModelFacts.of(self._source)
-        self._flops = step_flops(self._facts.transformer, geometry.job())
-        self._table: ModulationTable | None = None
-        self._schedule = make_schedule(
-            geometry.steps, geometry.grid[0] * geometry.grid[1], self._source.scheduler_config
-        )
+        self._flops = self._facts.transformer.step_flops(geometry.job())
+        self._table: Any = None
+        self._schedule = geometry.schedule()
         checkpoint: Any = self._source.transformer.checkpoint
         checkpoint.prepare(geometry.dtype, torch.bfloat16, *STORED.values())
 
@@ -99,7 +97,8 @@ class Bench:
         meter = Meter(self._device, plan.ceilings.vram_bytes, plan.device.context_bytes)
         with meter.limited():
             before = time.perf_counter()
-            transformer = self._load(phase, plan.kernels_of("transformer"))
+            hold = Hold.of(phase, plan.kernels_of("transformer"))
+            transformer = self._geometry.load(self._source.transformer, self._device, hold)
             try:
                 loaded = time.perf_counter() - before
                 seconds, latents = self._denoise(transformer)
@@ -126,47 +125,20 @@ class Bench:
             "finite": bool(latents.isfinite().all()),
         }
 
-    def _load(self, phase: PhasePlan, kernels: Mapping[str, str]) -> QwenImageTransformer:
-        return QwenImageTransformer.load(
-            self._source.transformer,
-            device=self._device,
-            dtype=self._geometry.dtype,
-            cache=None,
-            hold=Hold.of(phase, kernels),
-        )
-
-    def _denoise(self, transformer: QwenImageTransformer) -> tuple[list[float], torch.Tensor]:
+    def _denoise(self, transformer: Any) -> tuple[list[float], torch.Tensor]:
         """Seconds of each step, and the latents at the end."""
-        geometry, schedule, dtype = self._geometry, self._schedule, self._geometry.dtype
-        grids = (geometry.grid, geometry.grid)
-        latents, references, prompts = inputs(geometry, self._device)
-        branches = [transformer.branch(prompt, grids) for prompt in prompts]
-        times = [schedule.timestep(index, dtype) for index in range(geometry.steps)]
+        geometry, schedule = self._geometry, self._schedule
+        latents, evaluate = geometry.begin(transformer, self._device)
+        times = [schedule.timestep(index, geometry.dtype) for index in range(geometry.steps)]
         if self._table is None:
             self._table = transformer.table(times)
         watch = Stopwatch(self._device)
         watch.mark()
         for index, timestep in enumerate(times):
-            more = index + 1 < geometry.steps
-            velocities = transformer.velocity(latents.to(dtype), references, branches, self._table, timestep, more=more)
-            guided = combine(velocities[0].float(), velocities[1].float(), geometry.guidance)
-            latents = schedule.step(index, latents, guided)
+            velocity = evaluate(latents, self._table, timestep, index + 1 < geometry.steps)
+            latents = schedule.step(index, latents, velocity)
             watch.mark()
         return watch.seconds(), latents
-
-
-def inputs(geometry: Geometry, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """Noise [1, tokens, channels] in float32, reference tokens and the embedded prompts [tokens, width]."""
-    generator = torch.Generator().manual_seed(SEED)
-    noise = initial_noise(SEED, geometry.channels, *geometry.grid)
-    references = torch.randn(noise.shape, generator=generator)
-    width = geometry.transformer["joint_attention_dim"]
-    prompts = [torch.randn(tokens, width, generator=generator) for tokens in geometry.text_tokens]
-    return (
-        noise.to(device),
-        references.to(device, geometry.dtype),
-        [prompt.to(device, geometry.dtype) for prompt in prompts],
-    )
 
 
 class Meter:
@@ -222,7 +194,7 @@ def _alone(items: tuple[tuple[str, int], ...]) -> int:
     return sum(size for label, size in items if not label.endswith(", kept"))
 
 
-def _told(transformer: QwenImageTransformer, blocks: Blocks, steps: int, *, on_cuda: bool) -> dict[str, Any]:
+def _told(transformer: Any, blocks: Blocks, steps: int, *, on_cuda: bool) -> dict[str, Any]:
     """What the tape says of itself, beside what the plan says of it."""
     tape, placement = transformer.blocks, blocks.placement
     return {

@@ -2,21 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+from ...engine.dit import QwenImageTransformer
+from ...engine.latents import combine, initial_noise
 from ...engine.plan import JobFacts
+from ...engine.schedule import Schedule, make_schedule
+from ...engine.stack import Hold
 from ...loaders import shapes
 from ...loaders.component import Component
 from ...loaders.source import ModelSource
 from ..true_shapes import TEXT_ENCODER, TRANSFORMER, VAE
-from .weights import RandomCheckpoint
+from .weights import random_source
 
 DROPPED_TOKENS = 64
+SEED = 7
+
+Evaluate = Callable[[torch.Tensor, Any, float, bool], torch.Tensor]
+"""(latents, modulation rows, timestep, whether another step follows) to the guided velocity, float32."""
+
+
+class Measured(Protocol):
+    """What the bench needs to know of a geometry."""
+
+    @property
+    def steps(self) -> int:
+        """Denoising steps of a run."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Compute dtype."""
+        ...
+
+    def job(self) -> JobFacts:
+        """The request as the planner sees it."""
+        ...
+
+    def source(self) -> ModelSource:
+        """A model of this geometry with random weights and no files."""
+        ...
+
+    def schedule(self) -> Schedule:
+        """Noise levels."""
+        ...
+
+    def load(self, component: Component, device: torch.device, hold: Hold) -> Any:
+        """The transformer on its tape."""
+        ...
+
+    def begin(self, transformer: Any, device: torch.device) -> tuple[torch.Tensor, Evaluate]:
+        """Noise, and what a step computes."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,20 +115,41 @@ class Geometry:
             "vae": (self.vae, shapes.vae_shapes(self.vae)),
             "text_encoder": (self.text_encoder, shapes.text_encoder_shapes(self.text_encoder)),
         }
-        components = {
-            name: Component(name, config, RandomCheckpoint(name, found)) for name, (config, found) in parts.items()
-        }
-        return ModelSource(
-            label="random",
-            variant="qwen-image-edit-2511",
-            defaults="qwen-image-edit-2511",
-            tokenizer_dir=Path("random"),
-            processor_config={},
-            scheduler_config=SCHEDULER,
-            notes=(),
-            fingerprint="random",
-            **components,
-        )
+        return random_source("qwen-image-edit-2511", parts, SCHEDULER)
+
+    def schedule(self) -> Schedule:
+        """Noise levels of the picture's size."""
+        return make_schedule(self.steps, self.grid[0] * self.grid[1], SCHEDULER)
+
+    def load(self, component: Component, device: torch.device, hold: Hold) -> QwenImageTransformer:
+        """The transformer on its tape."""
+        return QwenImageTransformer.load(component, device=device, dtype=self.dtype, cache=None, hold=hold)
+
+    def begin(self, transformer: QwenImageTransformer, device: torch.device) -> tuple[torch.Tensor, Evaluate]:
+        """Noise, and what a step computes: both branches beside the reference, guided."""
+        latents, references, prompts = inputs(self, device)
+        branches = [transformer.branch(prompt, (self.grid, self.grid)) for prompt in prompts]
+
+        def evaluate(latents: torch.Tensor, table: Any, timestep: float, more: bool) -> torch.Tensor:
+            tokens = latents.to(self.dtype)
+            velocities = transformer.velocity(tokens, references, branches, table, timestep, more=more)
+            return combine(velocities[0].float(), velocities[1].float(), self.guidance)
+
+        return latents, evaluate
+
+
+def inputs(geometry: Geometry, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Noise [1, tokens, channels] in float32, reference tokens and the embedded prompts [tokens, width]."""
+    generator = torch.Generator().manual_seed(SEED)
+    noise = initial_noise(SEED, geometry.channels, *geometry.grid)
+    references = torch.randn(noise.shape, generator=generator)
+    width = geometry.transformer["joint_attention_dim"]
+    prompts = [torch.randn(tokens, width, generator=generator) for tokens in geometry.text_tokens]
+    return (
+        noise.to(device),
+        references.to(device, geometry.dtype),
+        [prompt.to(device, geometry.dtype) for prompt in prompts],
+    )
 
 
 SCHEDULER = {

@@ -14,8 +14,8 @@ from ...engine.measure import device_facts, resident_bytes
 from ...engine.plan import parse_size
 from ...engine.schedule import make_schedule
 from ..clock import Stopwatch
-from .engine import Meter, inputs
-from .geometry import EDIT_2511, TOY, Geometry
+from .engine import Meter
+from .geometry import EDIT_2511, TOY, Geometry, inputs
 from .worker import Line, Run, per_step, pick_device, serve
 
 CASES = ("resident", "group 12GiB", "sequential 12GiB", "group")

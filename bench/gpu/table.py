@@ -29,13 +29,15 @@ def last_run(lines: Iterable[Line]) -> list[Line]:
 def table(lines: Sequence[Line]) -> str:
     """Markdown: machine, our runs, rivals, kernels and how they were compiled, goals, and what did not run."""
     ours, rivals = _measured(lines, "engine"), _measured(lines, "rival")
+    z, gemm = _measured(lines, "zimage"), _gemm_tflops(lines)
     parts = [
         _machine(lines),
-        _ours(ours, _gemm_tflops(lines)),
+        _ours("Qwen-Image-Edit-2511", ours, gemm),
         _rivals(rivals),
+        _ours("Z-Image", z, gemm),
         _kernels(lines),
         _ahead(lines),
-        _goals(ours, rivals),
+        _goals([*judge(ours, rivals), *(("Z-Image " + goal, got, met) for goal, got, met in judge_own(z))]),
         _missing(lines),
     ]
     return "\n\n".join(part for part in parts if part)
@@ -63,7 +65,6 @@ def _machine(lines: Sequence[Line]) -> str:
 
 
 OUR_COLUMNS = (
-    "case",
     "s/step",
     "of bf16 GEMM",
     "x resident",
@@ -80,11 +81,9 @@ OUR_COLUMNS = (
 )
 
 
-def _ours(ours: Mapping[str, Line], gemm_tflops: float | None) -> str:
+def _ours(model: str, ours: Mapping[str, Line], gemm_tflops: float | None) -> str:
     rows = [_our_row(case, line, ours, gemm_tflops) for case, line in ours.items()]
-    if not rows:
-        return ""
-    return _grid(OUR_COLUMNS, rows)
+    return _grid((model, *OUR_COLUMNS), rows) if rows else ""
 
 
 def _our_row(case: str, line: Line, ours: Mapping[str, Line], gemm_tflops: float | None) -> Sequence[str]:
@@ -167,12 +166,15 @@ def _ahead(lines: Sequence[Line]) -> str:
 VERDICTS = {None: "not measured", True: "met", False: "NOT MET"}
 
 
-def _goals(ours: Mapping[str, Line], rivals: Mapping[str, Line]) -> str:
-    rows = [(goal, _number(got), VERDICTS[met]) for goal, got, met in judge(ours, rivals)]
+Goal = tuple[str, float | None, bool | None]
+
+
+def _goals(goals: Iterable[Goal]) -> str:
+    rows = [(goal, _number(got), VERDICTS[met]) for goal, got, met in goals]
     return _grid(("goal", "measured", ""), rows)
 
 
-def judge(ours: Mapping[str, Line], rivals: Mapping[str, Line]) -> Iterator[tuple[str, float | None, bool | None]]:
+def judge(ours: Mapping[str, Line], rivals: Mapping[str, Line]) -> Iterator[Goal]:
     """Every goal: its words, the figure, and whether it is met; None where it was not measured."""
     lead = ours.get(LEAD_CASE)
     got = _ratio(lead, rivals.get("resident"))
@@ -184,6 +186,11 @@ def judge(ours: Mapping[str, Line], rivals: Mapping[str, Line]) -> Iterator[tupl
             got,
             None if got is None else got >= GROUP_GOAL,
         )
+    yield from judge_own(ours)
+
+
+def judge_own(ours: Mapping[str, Line]) -> Iterator[Goal]:
+    """The goals of our runs among themselves: what streaming costs, memory, copies and bits."""
     for case, line in ours.items():
         if line["streamed"]:
             got = _bound(line, ours)
@@ -196,7 +203,7 @@ def judge(ours: Mapping[str, Line], rivals: Mapping[str, Line]) -> Iterator[tupl
     yield from _bits(ours)
 
 
-def _memory(case: str, line: Line) -> Iterator[tuple[str, float | None, bool | None]]:
+def _memory(case: str, line: Line) -> Iterator[Goal]:
     if line["ceiling_bytes"]:
         share = line["peak_bytes"] / line["ceiling_bytes"]
         yield f"{case}: peak / ceiling at most 1", share, share <= 1
@@ -205,7 +212,7 @@ def _memory(case: str, line: Line) -> Iterator[tuple[str, float | None, bool | N
     yield f"{case}: copies as planned", line["copies"], line["copies"] == line["copies_planned"]
 
 
-def _bits(ours: Mapping[str, Line]) -> Iterator[tuple[str, float | None, bool | None]]:
+def _bits(ours: Mapping[str, Line]) -> Iterator[Goal]:
     for weights in dict.fromkeys(line["weights"] for line in ours.values()):
         hashes = [line["hash"] for line in ours.values() if line["weights"] == weights]
         same = None if len(hashes) < 2 else len(set(hashes)) == 1

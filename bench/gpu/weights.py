@@ -6,11 +6,14 @@ import zlib
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ...loaders.checkpoint import Checkpoint
+from ...loaders.component import Component
 from ...loaders.header import TensorInfo
+from ...loaders.source import ModelSource
 
 WINDOW = 1 << 16
 """Tensors of one shape begin at different elements of the pool below this, so that no two blocks are alike."""
@@ -61,8 +64,9 @@ class RandomCheckpoint(Checkpoint):
             self._pool(torch.bfloat16, kind)
 
     def _values(self, name: str, dtype: torch.dtype, count: int) -> torch.Tensor:
-        kind = "scale" if name.endswith(".scale") else "norm" if "norm_" in name or "txt_norm" in name else "matrix"
-        kind = "matrix" if "norm_out" in name else kind
+        known = self.tensors.get(name)
+        normed = name.endswith(".weight") and known is not None and len(known.shape) == 1
+        kind = "scale" if name.endswith(".scale") else "norm" if normed else "matrix"
         start = zlib.crc32(name.encode()) % WINDOW // ALIGNMENT_ELEMENTS * ALIGNMENT_ELEMENTS
         return self._pool(dtype, kind)[start : start + count]
 
@@ -84,3 +88,31 @@ def _draw(count: int, dtype: torch.dtype, kind: str, generator: torch.Generator)
     if dtype == torch.int8:
         return values.mul_(STORED_SPREAD).round_().clamp_(-127, 127).to(dtype)
     return values.mul_(STORED_SPREAD if dtype == torch.float8_e4m3fn else SPREAD).to(dtype)
+
+
+def random_source(
+    variant: str,
+    parts: Mapping[str, tuple[Mapping[str, Any], Mapping[str, tuple[int, ...]]]],
+    scheduler: Mapping[str, Any],
+) -> ModelSource:
+    """A model with random weights and no files.
+
+    Args:
+        variant: which model it is.
+        parts: of ``transformer``, ``vae`` and ``text_encoder``: config, and tensor name to shape.
+        scheduler: config of the schedule.
+    """
+    components = {
+        name: Component(name, config, RandomCheckpoint(name, shapes)) for name, (config, shapes) in parts.items()
+    }
+    return ModelSource(
+        label="random",
+        variant=variant,
+        defaults=variant,
+        tokenizer_dir=Path("random"),
+        processor_config={},
+        scheduler_config=scheduler,
+        notes=(),
+        fingerprint="random",
+        **components,
+    )

@@ -12,8 +12,8 @@ import pytest
 import torch
 from qengine.bench import ops
 from qengine.bench.gpu import __main__ as command
-from qengine.bench.gpu import ahead, engine, kernels, probes, rival, table
-from qengine.bench.gpu.geometry import EDIT_2511, TOY
+from qengine.bench.gpu import ahead, engine, kernels, probes, rival, table, zimage
+from qengine.bench.gpu.geometry import EDIT_2511, TOY, Measured
 from qengine.bench.gpu.watch import Stage, watch
 from qengine.bench.gpu.worker import per_step
 from qengine.engine.plan import Budget, Choices, DeviceFacts, ModelFacts, make_plan
@@ -60,6 +60,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Lines:
         "probes",
         "kernels",
         "engine",
+        "zimage",
         "ahead",
     ]
     assert command.main(words) == 0
@@ -77,6 +78,7 @@ def test_every_case_of_every_stage_gives_a_line(toy: Lines) -> None:
     assert [line["case"] for line in of(toy, "kernels")] == list(kernels.cases(True))
     assert {line["case"] for line in of(toy, "ahead")} == set(ahead.cases(True))
     assert [line["case"] for line in of(toy, "engine")] == list(engine.TOY_CASES)
+    assert [line["case"] for line in of(toy, "zimage")] == list(zimage.TOY_CASES)
     begin, end = of(toy, "run")
     assert (begin["case"], end["case"], begin["commit"]) == ("begin", "end", "abc")
     assert begin["versions"]["torch"] and begin["machine"]["system"]
@@ -89,7 +91,9 @@ def test_placement_changes_no_hash_and_another_format_does(toy: Lines) -> None:
     }
     assert [len(found) for found in hashes.values()] == [1, 1, 1]
     assert len(set.union(*hashes.values())) == 3
-    assert all(line["finite"] for line in of(toy, "engine"))
+    assert all(line["finite"] for line in of(toy, "engine") + of(toy, "zimage"))
+    pairs = [(line["weights"], line["hash"]) for line in of(toy, "zimage")]
+    assert len(set(pairs)) == len({weights for weights, _ in pairs}) == 2
 
 
 def test_the_copies_counted_are_the_streamed_blocks_of_every_step(toy: Lines) -> None:
@@ -101,7 +105,7 @@ def test_the_copies_counted_are_the_streamed_blocks_of_every_step(toy: Lines) ->
 
 
 def test_a_run_holds_what_the_plan_predicts_at_most_and_the_counter_saw_it(toy: Lines) -> None:
-    for line in of(toy, "engine"):
+    for line in of(toy, "engine") + of(toy, "zimage"):
         assert 0 < line["peak_bytes"] <= line["plan_bytes"] <= line["ceiling_bytes"]
 
 
@@ -171,6 +175,7 @@ def test_the_table_names_every_case_and_judges_every_goal(toy: Lines) -> None:
     text = table.table(toy)
     assert all(f"| {case} |" in text for case in (*engine.TOY_CASES, *kernels.cases(True)))
     assert "fp8: one hash in all 4 placements | 1 | met" in text
+    assert "Z-Image fp8: one hash in all 2 placements | 1 | met" in text and "| Z-Image | s/step |" in text
     assert "at most 0.9 x diffusers resident | - | not measured" in text
 
 
@@ -271,9 +276,9 @@ def test_weights_differ_from_block_to_block_and_are_the_same_in_every_run() -> N
     assert not torch.equal(first[0], first[1]) and not torch.equal(first[1], first[2])
 
 
-def test_the_true_geometry_fits_every_ceiling_that_is_measured() -> None:
-    """What a plan on an 80 GB card says, without one: fewer bytes, more streamed blocks, and 20.4 B parameters."""
-    facts, gib = ModelFacts.of(EDIT_2511.source()), 1 << 30
+def planned(geometry: Measured, weights: str, ceiling: int) -> int:
+    """Blocks that are streamed by a plan for an 80 GB card under a ceiling in GiB; checks that they lie in memory."""
+    gib = 1 << 30
     device = DeviceFacts(
         kind="cuda",
         architecture=90,
@@ -283,14 +288,25 @@ def test_the_true_geometry_fits_every_ceiling_that_is_measured() -> None:
         host_total_bytes=128 * gib,
         host_free_bytes=120 * gib,
     )
-    streamed = []
-    for ceiling in (24, 12, 8, 6):
-        budget = Budget(vram_bytes=ceiling * gib, ram_bytes=engine.RAM_BYTES)
-        phase = make_plan(facts, EDIT_2511.job(), budget, device, Choices(weights="fp8")).phase("denoise")
-        assert phase.blocks is not None and phase.blocks.placement.host == "arena"
-        streamed.append(len(phase.blocks.placement.copied))
+    budget = Budget(vram_bytes=ceiling * gib, ram_bytes=engine.RAM_BYTES)
+    facts = ModelFacts.of(geometry.source())
+    phase = make_plan(facts, geometry.job(), budget, device, Choices(weights=weights)).phase("denoise")
+    assert phase.blocks is not None and phase.blocks.placement.host == "arena"
+    return len(phase.blocks.placement.copied)
+
+
+def test_the_true_geometry_fits_every_ceiling_that_is_measured() -> None:
+    """What a plan says without a card: fewer bytes, more streamed blocks, and 20.4 B parameters."""
+    streamed = [planned(EDIT_2511, "fp8", ceiling) for ceiling in (24, 12, 8, 6)]
     assert streamed[0] == 0 and streamed == sorted(streamed) and len(set(streamed)) == 4
-    assert facts.transformer.part.parameters == 20_430_401_088
+    assert ModelFacts.of(EDIT_2511.source()).transformer.part.parameters == 20_430_401_088
+
+
+def test_z_image_fits_every_ceiling_that_is_measured() -> None:
+    """6.15 B parameters: 8-bit weights stream nothing from 8 GiB on."""
+    streamed = {ceiling: planned(zimage.TURBO, "fp8", ceiling) for ceiling in (8, 6, 4)}
+    assert streamed[4] > streamed[6] > streamed[8] == 0 and planned(zimage.TURBO, "bf16", 8) > 0
+    assert ModelFacts.of(zimage.TURBO.source()).transformer.part.parameters == 6_154_908_736
 
 
 def test_the_first_step_does_not_count_where_there_are_others() -> None:
