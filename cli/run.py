@@ -129,6 +129,7 @@ def _watch(engine: Engine, order: Order, item: Item, talk: Talk, packing: PackMe
     packing.phase = "encode"
     talk.display.start("encode")
     stream: Iterator[Any] = engine.stream(item.request)
+    first: int | None = None
     for event in stream:
         phase = backend.phase_of(event)
         if phase == "encode":
@@ -137,17 +138,21 @@ def _watch(engine: Engine, order: Order, item: Item, talk: Talk, packing: PackMe
             packing.phase = "denoise"
             talk.display.start("denoise")
         elif phase == "denoise":
-            done = event.index + 1
-            if done == 1:
-                talk.display.start("denoise", event.total)
-            talk.display.step(done, clock.words(done, event.total))
+            if first is None:
+                first = event.index
+                talk.display.start("denoise", event.total - first)
+            done, count = event.index + 1 - first, event.total - first
+            talk.display.step(done, clock.words(done, count))
             _save_preview(event, order, item)
             _save_mask(event, order, item)
-            if done == event.total:
-                talk.display.end(f"{event.total} steps  {seconds_text(clock.seconds)}  {memory_words(device)}".rstrip())
+            if done == count:
+                talk.display.end(f"{count} steps  {seconds_text(clock.seconds)}  {memory_words(device)}".rstrip())
                 clock = StepClock(device)
                 talk.display.start("decode")
         else:
+            if first is None:
+                talk.display.end("0 steps")
+                talk.display.start("decode")
             talk.display.end(seconds_text(clock.seconds))
             for note in event.notes:
                 talk.warn(note)

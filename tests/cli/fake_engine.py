@@ -57,6 +57,7 @@ class FakeEngine:
     device = "cpu"
     notes: tuple[str, ...] = ()
     fingerprint = FINGERPRINT
+    first_step = 0
 
     def __init__(self) -> None:
         self.opened: list[dict[str, Any]] = []
@@ -87,7 +88,7 @@ class FakeEngine:
             raise self.error
         pause("encode")
         yield FakeEvent("encode", notes=self.notes)
-        for index in range(STEPS):
+        for index in range(self.first_step, STEPS):
             pause("denoise")
             yield FakeEvent("denoise", index=index)
         pause("decode")

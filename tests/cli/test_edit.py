@@ -221,6 +221,14 @@ def test_plain_progress_has_a_line_per_phase_and_step(engine, run) -> None:
     assert "denoise  1/3" in err and "eta" in err and "s/step" in err and "iB RAM" in err
 
 
+@pytest.mark.parametrize("skipped", [1, STEPS])
+def test_a_run_that_starts_later_counts_the_steps_that_it_does(run, engine, skipped: int) -> None:
+    engine.first_step = skipped
+    code, _, err = run("edit", "photo.png", "night", "-o", "out.png")
+    assert code == 0 and "None" not in err and f"denoise  {STEPS - skipped} steps" in err
+    assert (f"denoise  1/{STEPS - skipped}" in err) == (skipped < STEPS) and "decode" in err
+
+
 def test_verbose_shows_the_resolved_request(engine, run) -> None:
     assert '"prompt": "sharper"' in run("edit", "photo.png", "sharper", "-v")[2]
 
