@@ -9,7 +9,7 @@ import click
 
 from ..errors import RequestError
 from ..version import __version__
-from . import options, stats
+from . import extract, options, stats
 from .command import SETTINGS, Command, Group
 from .queue import RENDER_SECTIONS
 
@@ -104,6 +104,7 @@ def _commands() -> list[click.Command]:
     return [
         Command("edit", _edit, options.EDIT_SECTIONS, [("words", "[IMAGE]... [PROMPT]", True)], EDIT_HELP),
         Command("generate", _generate, options.GENERATE_SECTIONS, [("words", "[PROMPT]", True)], GENERATE_HELP),
+        Command("extract", _extract, extract.SECTIONS, [("words", "[PICTURE]... [PROMPT]", True)], extract.HELP),
         Command("rerun", _rerun, options.RERUN_SECTIONS, [("picture", "PICTURE", False)], RERUN_HELP),
         Command("batch", _batch, options.BATCH_SECTIONS, [("words", "JOBS", True)], BATCH_HELP),
         Command("render", _render, RENDER_SECTIONS, [("words", "QUEUE", True)], RENDER_HELP),
@@ -167,10 +168,18 @@ def _edit(words: tuple[str, ...], **values: Any) -> int:
 
 
 def _generate(words: tuple[str, ...], **values: Any) -> int:
+    if values["conditioning"] is not None:
+        from . import conditioning
+
+        return conditioning.carry_out(conditioning.conditioned_order(words, values), _talk(values))
     from .order import generate_order
     from .run import carry_out
 
     return carry_out(generate_order(words, values), _talk(values))
+
+
+def _extract(words: tuple[str, ...], **values: Any) -> int:
+    return extract.carry_out(words, values, _talk(values))
 
 
 def _batch(words: tuple[str, ...], **values: Any) -> int:
@@ -200,11 +209,12 @@ def _hints(words: tuple[str, ...], **values: Any) -> int:
 def _rerun(picture: str, **values: Any) -> int:
     from pathlib import Path
 
+    from . import conditioning, run
     from .rerun import rerun_order
-    from .run import carry_out
 
     talk = _talk(values)
-    return carry_out(rerun_order(Path(picture), values, talk), talk)
+    order = rerun_order(Path(picture), values, talk)
+    return (run if order.conditioning is None else conditioning).carry_out(order, talk)
 
 
 def _plan(words: tuple[str, ...], **values: Any) -> int:

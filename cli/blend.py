@@ -30,6 +30,17 @@ SCALE_STATS = ("global", "robust")
 CURVES = ("linear", "ease_in", "ease_out")
 COMPRESSIONS = ("truncate", "interpolate", "pool", "attention_pool")
 
+CONDITIONING = (
+    Flag(
+        name="--conditioning",
+        also=("--vl-embeddings", "--vl_embeddings"),
+        metavar="FILE",
+        help="A .qx file of qengine extract, or its URL: what was read and encoded is taken from it, knobs anew.",
+    ),
+)
+RECORDED_CONDITIONING = (
+    Flag(name="--conditioning", metavar="FILE", help="Where the recorded .qx file is, if not beside the picture."),
+)
 VL = (
     Flag(
         name="--vl-model",

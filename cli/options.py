@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from .blend import BLEND, CONDITIONING, KNOBS, RECORDED_CONDITIONING
 from .flag import Flag
 from .steer import CHAIN, KEEP, REFERENCE, SIZES, TEMPLATE
 from .zimage import INIT_IMAGE, START, START_BESIDE_EDITS
@@ -324,6 +325,8 @@ COMPARE_SECTIONS = {"Comparison": COMPARE, "Words": TALK}
 GENERATE_SECTIONS = {
     "Request": tuple(flag for flag in REQUEST if flag.key != "ref") + TEMPLATE,
     "Starting": START,
+    "Pictures as conditioning": CONDITIONING + KNOBS,
+    "Blend with the prompt": BLEND,
     "Model": MODEL,
     "Device": DEVICE,
     "Memory": MEMORY + PACKED,
@@ -340,7 +343,7 @@ PLAN_SECTIONS = {
     "Words": TALK,
 }
 RERUN_SECTIONS = {
-    "Request": (*SEED_AND_COUNT, INIT_IMAGE),
+    "Request": (*SEED_AND_COUNT, INIT_IMAGE, *RECORDED_CONDITIONING),
     "Model": MODEL,
     "Device": DEVICE,
     "Memory": MEMORY + PACKED,

@@ -25,6 +25,23 @@ Values = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Conditioned:
+    """A job file and what is said over it.
+
+    Attributes:
+        file: path or URL.
+        said: fields of its knobs and blend, and ``statistics``, that win over the file's.
+        alone: the picture is taken without any prompt.
+        sha256: the file must have it (``rerun``), or None.
+    """
+
+    file: str
+    said: Mapping[str, Any]
+    alone: bool = False
+    sha256: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Order:
     """What one ``edit``, ``generate`` or ``rerun`` is to do.
 
@@ -44,6 +61,7 @@ class Order:
         as_json: whether stdout gets one JSON document.
         fingerprint: the model must have it (``rerun``), or None.
         rate: price of the machine per hour, or None.
+        conditioning: the job file that the run goes on from, or None.
     """
 
     kind: str
@@ -61,6 +79,7 @@ class Order:
     as_json: bool = False
     fingerprint: str | None = None
     rate: float | None = None
+    conditioning: Conditioned | None = None
 
     @property
     def pictures(self) -> tuple[Path, ...]:

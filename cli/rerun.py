@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import InputError, RequestError
 from . import backend
+from .conditioning import recorded
 from .memory import memory_choice
 from .order import SINGLE_FILES, Order, check_files, device_choice, make_wish, model_choice, rate_of, seeds_of
 from .progress import Talk
@@ -65,6 +66,7 @@ def rerun_order(picture: Path, values: Mapping[str, Any], talk: Talk) -> Order:
         as_json=values["json"],
         fingerprint=None if named else record["model"]["fingerprint"],
         rate=rate_of(values),
+        conditioning=recorded(record, picture, values),
     )
 
 
@@ -161,14 +163,9 @@ def _started(request: Mapping[str, Any], picture: Path, values: Mapping[str, Any
     """The picture that a recorded run started from, found by its bytes or named anew.
 
     Raises:
-        InputError: it is not found unchanged, or parts of the run were given and are not in the record.
+        InputError: it is not found unchanged.
         RequestError: the recorded run started from no picture.
     """
-    if request.get("given") is not None:
-        raise InputError(
-            f"{picture} must hold all that made it, got a record of parts that were encoded elsewhere",
-            hint="repeat the command with its --conditioning file",
-        )
     said, named = request.get("init_image"), values.get("init_image")
     if not isinstance(said, dict):
         if named is not None:

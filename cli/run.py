@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +27,11 @@ TINY_WORDS = "model    the tiny model inside qengine, for simple photo edits; --
 
 @dataclass(frozen=True)
 class Item:
-    """One picture to make: what is asked and where it goes."""
+    """One picture to make: what is asked, where it goes, and what its metadata says beside the engine's record."""
 
     request: GenerateRequest
     target: Target
+    record: Mapping[str, Any] = field(default_factory=dict)
 
 
 def carry_out(order: Order, talk: Talk) -> int:
@@ -93,7 +94,7 @@ def run_one(engine: Engine, order: Order, item: Item, talk: Talk, packing: PackM
     start = time.perf_counter()
     with ReadMeter(talk.display, lambda: engine.bytes_read, packing):
         decoded = _watch(engine, order, item, talk, packing)
-    metadata = _record(decoded.metadata, order)
+    metadata = {**_record(decoded.metadata, order), **item.record}
     written = metadata if order.metadata else None
     if item.target.picture is not None:
         backend.write_picture(item.target.picture, decoded.image, written)

@@ -26,7 +26,7 @@ class JobFile:
             init and size.
         prompt: what ``given.prompt_embeds`` are of, or what the job is for; None leaves it to the run.
         negative_prompt: likewise.
-        pictures: behind the references, first to last, and behind init.
+        pictures: behind the references, first to last, or behind init.
         knobs: chosen when the file was made; a run may choose others.
         blend: likewise.
         extractor: what read the pictures: its base name and ``VLEncoder.identity`` without the device.

@@ -40,7 +40,8 @@ def settle(job: JobFile, values: Mapping[str, Any]) -> Settings:
     Raises:
         RequestError: a name is unknown, or a value out of range.
     """
-    said = {**job.render, **{name: value for name, value in values.items() if value is not None}}
+    said = {name: value for name, value in values.items() if value is not None or name in KNOB_NAMES | BLEND_NAMES}
+    said = {**job.render, **said}
     unknown = sorted(said.keys() - KNOB_NAMES - BLEND_NAMES - REQUEST_NAMES - {"statistics"})
     if unknown:
         raise RequestError(f"settings of a job must be fields of a request or of its knobs, got {', '.join(unknown)}")

@@ -136,11 +136,11 @@ def prepare(job: JobFile, values: Mapping[str, Any], engine: Engine) -> Prepared
 def _edit(job: JobFile, settings: Settings, engine: Engine) -> Prepared:
     """An edit whose prompt, negative and references are all the file's: they were encoded together."""
     check_made_by(job, engine.source, "what is encoded")
-    for name, own in (("prompt", job.prompt), ("negative_prompt", job.negative_prompt)):
-        if settings.fields.get(name, own) != own:
+    for name, own in (("prompt", job.prompt), ("negative_prompt", _negative(job.negative_prompt, engine))):
+        asked = settings.fields.get(name, own)
+        if (asked if name == "prompt" else _negative(asked, engine)) != own:
             raise RequestError(
-                f"{name} must be the job file's {own!r}, which was encoded with the pictures, "
-                f"got {settings.fields[name]!r}",
+                f"{name} must be the job file's {own!r}, which was encoded with the pictures, got {asked!r}",
                 hint="extract again with another one",
             )
     _check_size(settings, job)
@@ -158,11 +158,17 @@ def _text(
     negative = settings.fields.get("negative_prompt", job.negative_prompt)
     if job.given.prompt_embeds is not None and prompt == job.prompt:
         check_made_by(job, engine.source, "text.embeds")
-        return job.given.prompt_embeds, job.given.negative_embeds if negative == job.negative_prompt else None
+        same = _negative(negative, engine) == _negative(job.negative_prompt, engine)
+        return job.given.prompt_embeds, job.given.negative_embeds if same else None
     fields = {name: value for name, value in settings.fields.items() if name not in ("init_image", "strength")}
     found = engine.encode(GenerateRequest(**{**fields, "prompt": prompt})).conditioning
     made = found.prompt_embeds, found.negative_embeds
     return made[0].cpu(), None if made[1] is None else made[1].cpu()
+
+
+def _negative(said: str | None, engine: Engine) -> str | None:
+    """The negative prompt that is meant: the model's own where none is said."""
+    return engine.defaults.negative_prompt if said is None else said
 
 
 def _alone(blend: BlendKnobs) -> bool:

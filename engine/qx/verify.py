@@ -110,7 +110,8 @@ def _given_rules(job: JobFile) -> Iterable[tuple[str, bool]]:
         f"latents must be of one depth, got {[each.shape[1] for each in latents]}",
         (len({each.shape[1] for each in latents}) <= 1),
     )
-    yield "pictures must be known behind the latents", not latents or len(job.pictures) == len(latents)
+    behind = len(given.references) or len(latents)
+    yield f"pictures must be {behind} behind the latents, got {len(job.pictures)}", len(job.pictures) == behind
     if given.init is not None and given.size is not None:
         sides = [side * LATENT_SCALE for side in given.init.shape[:-3:-1]]
         over = [have - want for have, want in zip(sides, given.size, strict=True)]

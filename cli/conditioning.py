@@ -1,0 +1,162 @@
+"""``qengine generate --conditioning job.qx``: go on from what was read and encoded elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CheckpointError, InputError, RequestError
+from . import backend
+from .blend import said_of
+from .meter import PackMeter
+from .order import SINGLE_FILES, Conditioned, Order, Values, generate_order
+from .outputs import check_preview_folder, choose
+from .progress import Talk
+from .run import Item, open_engine, run_one
+
+if TYPE_CHECKING:
+    from ..engine.qx import JobFile, Prepared
+    from ..engine.session import Engine
+
+STAND_IN = "-"
+"""For the prompt while it is not known whether the file has one."""
+
+
+def conditioned_order(words: Sequence[str], values: Values) -> Order:
+    """The order of ``qengine generate --conditioning``; the prompt may be the file's.
+
+    Raises:
+        RequestError: flags contradict each other.
+        CheckpointError: no model is named.
+    """
+    if values.get("vl_model") is not None:
+        raise RequestError(
+            "pictures must be read once, got --conditioning and --vl-model",
+            hint="leave --vl-model out: the file holds what was read",
+        )
+    if values["model"] is None and not any(values[name] for name in SINGLE_FILES):
+        raise CheckpointError("model must be named, got none", hint="--model MODEL, the kind that the file is for")
+    unsaid = not words and values["prompt"] is None and values["template"] is None
+    order = generate_order(words, {**values, "prompt": STAND_IN} if unsaid else values)
+    request = {name: value for name, value in order.request.items() if not (unsaid and name == "prompt")}
+    statistics = values["vl_statistics"]
+    never = (*order.wish.never, Path(values["conditioning"]), *([Path(statistics)] if statistics else []))
+    return replace(
+        order,
+        request=request,
+        wish=replace(order.wish, never=never),
+        conditioning=Conditioned(file=values["conditioning"], said=said_of(values)),
+    )
+
+
+def recorded(record: Mapping[str, Any], picture: Path, values: Values) -> Conditioned | None:
+    """The job file that a recorded run went on from: named by ``--conditioning``, else beside the picture.
+
+    Raises:
+        InputError: the record is not usable, or the file is not there.
+        RequestError: a file is named for a picture that none was used for.
+    """
+    words, named = record.get("conditioning"), values.get("conditioning")
+    if words is None and record["request"].get("given") is not None:
+        raise InputError(
+            f"{picture} must hold all that made it, got a record of parts that were encoded elsewhere",
+            hint="repeat the command with its --conditioning file",
+        )
+    if words is None:
+        if named is not None:
+            raise RequestError(f"--conditioning must be left out, got one for {picture}, which was made without")
+        return None
+    try:
+        file, sha256 = str(words["file"]), str(words["sha256"])
+        knobs, blend = dict(words.get("knobs") or {}), dict(words.get("blend") or {})
+        statistics = words.get("statistics")
+        found = {} if statistics is None else {"statistics": str(_beside(statistics["file"], picture))}
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"the record in {picture} must be whole, got one without a usable conditioning") from error
+    place = named or str(_beside(file, picture))
+    said = {**knobs, **blend, **found}
+    return Conditioned(file=place, said=said, alone=bool(words.get("alone")), sha256=sha256)
+
+
+def carry_out(order: Order, talk: Talk) -> int:
+    """Do an order that goes on from a job file; returns the exit code.
+
+    Raises:
+        InputError: the file is missing, foreign, cut or not the recorded one.
+        RequestError: the prompt is missing, or something is out of range.
+        CheckpointError: the file is for another model.
+    """
+    asked = order.conditioning
+    if asked is None:
+        raise RuntimeError("an order must go on from a job file")
+    job = _read(asked)
+    targets = choose(order.wish, order.seeds)
+    if order.preview is not None:
+        check_preview_folder(order.preview)
+    results, packing = [], PackMeter(talk)
+    try:
+        with backend.cancelling(open_engine(order, talk, packing)) as engine:
+            made = _prepared(job, order, asked, engine, talk)
+            record = {"conditioning": _words(made.record, asked)}
+            for seed, target in zip(order.seeds, targets, strict=True):
+                item = Item(replace(made.request, seed=seed), target, record)
+                results.append(run_one(engine, order, item, talk, packing))
+    finally:
+        talk.display.close()
+    if order.as_json:
+        print(json.dumps({"outputs": results}, indent=2))
+    return 0
+
+
+def _read(asked: Conditioned) -> JobFile:
+    from ..engine.qx import read_job
+
+    job = read_job(asked.file)
+    if asked.sha256 is not None and job.sha256 != asked.sha256:
+        raise InputError(
+            f"{asked.file} must be the recorded job file (sha256 {asked.sha256[:12]}), got {job.sha256[:12]}",
+            hint="name that one with --conditioning",
+        )
+    return job
+
+
+def _prepared(job: JobFile, order: Order, asked: Conditioned, engine: Engine, talk: Talk) -> Prepared:
+    from ..engine.qx import prepare
+
+    request = {name: value for name, value in order.request.items() if not (asked.alone and name == "prompt")}
+    made = prepare(job, {**asked.said, **request}, engine)
+    for note in made.notes:
+        talk.warn(note)
+    return made
+
+
+def _words(record: Mapping[str, Any], asked: Conditioned) -> dict[str, Any]:
+    """What the metadata says: names without folders, hashes, knobs."""
+    from ..engine.qx.header import sha256_of
+    from ..engine.qx.remote import base_name
+
+    statistics = asked.said.get("statistics")
+    used = (
+        {}
+        if statistics is None
+        else {"statistics": {"file": base_name(statistics), "sha256": sha256_of(Path(statistics))}}
+    )
+    return {"file": base_name(asked.file), **record, **used}
+
+
+def _beside(name: str, picture: Path) -> Path:
+    """A file named in a record: beside the picture, else in the current folder.
+
+    Raises:
+        InputError: it is in neither.
+    """
+    base = name.replace("\\", "/").rsplit("/", 1)[-1]
+    for path in (picture.parent / base, Path(base)):
+        if path.is_file():
+            return path
+    raise InputError(
+        f"{base} must be beside {picture} to repeat it, got no such file", hint="name it with --conditioning FILE"
+    )
