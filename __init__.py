@@ -13,7 +13,9 @@ from .version import __version__ as __version__
 if TYPE_CHECKING:
     from .engine.events import Decoded, Encoded, Result, Step
     from .engine.keep.options import Keep
+    from .engine.pipeline import ZImagePipeline
     from .engine.plan import Budget, Choices, Plan
+    from .engine.qx import JobFile, read_job, request_of, write_job
     from .engine.request import EditRequest, GenerateRequest
     from .engine.session import Engine
     from .engine.state import RunState
@@ -44,6 +46,11 @@ _HOMES = {
     "Plan": "engine.plan",
     "QEngineError": "errors",
     "Keep": "engine.keep.options",
+    "ZImagePipeline": "engine.pipeline",
+    "JobFile": "engine.qx",
+    "read_job": "engine.qx",
+    "request_of": "engine.qx",
+    "write_job": "engine.qx",
     "VLEmbeddingExtractor": "engine.vl",
     "blend_adain": "engine.vl",
     "blend_adain_per_dim": "engine.vl",
@@ -63,6 +70,7 @@ __all__ = [
     "Encoded",
     "Engine",
     "GenerateRequest",
+    "JobFile",
     "Keep",
     "Plan",
     "QEngineError",
@@ -70,6 +78,7 @@ __all__ = [
     "RunState",
     "Step",
     "VLEmbeddingExtractor",
+    "ZImagePipeline",
     "blend_adain",
     "blend_adain_per_dim",
     "blend_embeddings",
@@ -78,6 +87,9 @@ __all__ = [
     "compute_style_delta",
     "get_outlier_dimensions",
     "mask_outlier_dimensions",
+    "read_job",
+    "request_of",
+    "write_job",
 ]
 
 
