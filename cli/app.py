@@ -9,7 +9,7 @@ import click
 
 from ..errors import RequestError
 from ..version import __version__
-from . import extract, options, stats
+from . import axes, extract, options, stats
 from .command import SETTINGS, Command, Group
 from .queue import RENDER_SECTIONS
 
@@ -31,7 +31,10 @@ EDIT_HELP = (
 )
 GENERATE_HELP = (
     "Make a picture from words; needs --model.\n\n"
-    'qengine generate "a red bicycle" --model qwen-image -o out.png\n\n' + SPELLING_HELP
+    'qengine generate "a red bicycle" --model qwen-image -o out.png\n\n'
+    'A picture can be read and blended with the words, once for many shares and strengths: qengine generate "a cat" '
+    "--model Z-IMAGE --vl-model QWEN3VL -i ref.png --alphas 0 0.3 0.5 --strengths 0.7 0.8 0.9 -o out/\n\n"
+    + SPELLING_HELP
 )
 INFO_HELP = (
     "Say what made a picture, or what a model is.\n\n"
@@ -168,6 +171,10 @@ def _edit(words: tuple[str, ...], **values: Any) -> int:
 
 
 def _generate(words: tuple[str, ...], **values: Any) -> int:
+    if axes.asked(values):
+        from . import sweep
+
+        return sweep.carry_out(words, values, _talk(values))
     if values["conditioning"] is not None:
         from . import conditioning
 

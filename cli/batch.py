@@ -17,7 +17,7 @@ from ..errors import BatchError, Cancelled, OutputError, QEngineError, RequestEr
 from . import backend
 from .command import Command
 from .jobs import Job, read_jobs, read_line
-from .manifest import Manifest, identity
+from .manifest import Manifest, clear_parts, identity, locked
 from .meter import PackMeter
 from .options import EDIT_SECTIONS, JOB_SECTIONS
 from .order import Order, check_files, edit_order, generate_order, read_by
@@ -68,8 +68,8 @@ def carry_out(words: Sequence[str], values: Mapping[str, Any], talk: Talk) -> in
     manifest = Manifest(folder, resume=values["resume"] or interactive)
     batch = Batch(command, values, folder, manifest, talk)
     start = time.perf_counter()
-    with _locked(folder):
-        _sweep(folder)
+    with locked(folder):
+        clear_parts(folder)
         results = batch.run(jobs, len(manifest.lines) if interactive else 0)
     talk.say(summary(results, time.perf_counter() - start))
     if values["json"]:
@@ -251,26 +251,6 @@ def _folder(source: str, values: Mapping[str, Any]) -> Path:
     check_preview_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def _locked(folder: Path) -> Any:
-    """Keeps a second batch out of the folder; the lock goes with the process."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise RequestError(
-            f"one batch at a time must write into {folder}, got a second", hint="wait for it, or -o another folder"
-        ) from error
-    return lock
-
-
-def _sweep(folder: Path) -> None:
-    """Delete half-written files that a killed batch left here; the lock is held, so nobody is writing them."""
-    for path in folder.rglob(".*.part"):
-        path.unlink(missing_ok=True)
 
 
 def _numbered(stem: str) -> Iterator[str]:

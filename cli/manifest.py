@@ -85,3 +85,27 @@ class Manifest:
         if not all(isinstance(line, dict) for line in lines):
             raise InputError(f"{self.path} must hold a JSON object per line, got something else")
         return lines
+
+
+def locked(folder: Path) -> Any:
+    """Keeps a second batch out of the folder; the lock goes with the process.
+
+    Raises:
+        RequestError: there is one.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise RequestError(
+            f"one batch at a time must write into {folder}, got a second", hint="wait for it, or -o another folder"
+        ) from error
+    return lock
+
+
+def clear_parts(folder: Path) -> None:
+    """Delete half-written files that a killed batch left here; the lock is held, so nobody is writing them."""
+    for path in folder.rglob(".*.part"):
+        path.unlink(missing_ok=True)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .blend import BLEND, CONDITIONING, KNOBS, RECORDED_CONDITIONING
+from .axes import FLAGS as SWEEP
+from .blend import BLEND, CONDITIONING, KNOBS, RECORDED_CONDITIONING, VL
 from .flag import Flag
 from .steer import CHAIN, KEEP, REFERENCE, SIZES, TEMPLATE
 from .zimage import INIT_IMAGE, START, START_BESIDE_EDITS
@@ -325,7 +326,8 @@ COMPARE_SECTIONS = {"Comparison": COMPARE, "Words": TALK}
 GENERATE_SECTIONS = {
     "Request": tuple(flag for flag in REQUEST if flag.key != "ref") + TEMPLATE,
     "Starting": START,
-    "Pictures as conditioning": CONDITIONING + KNOBS,
+    "Pictures that are read": SWEEP + VL + CONDITIONING,
+    "Pictures as conditioning": KNOBS,
     "Blend with the prompt": BLEND,
     "Model": MODEL,
     "Device": DEVICE,
