@@ -73,12 +73,13 @@ class CaptionRefiner:
         for prompt in prompts:
             _check(prompt, self._config)
         if any(self._recall(prompt) is None for prompt in prompts):
-            self._known = list(zip(prompts, self._refine(prompts), strict=True))
+            self._known = list(zip([prompt.cpu() for prompt in prompts], self._refine(prompts), strict=True))
         return [caption for caption in map(self._recall, prompts) if caption is not None]
 
     def _recall(self, prompt: torch.Tensor) -> torch.Tensor | None:
+        # Embeddings come from the encoder's device, from a cache or from a file; the same ones may lie anywhere.
         for known, caption in self._known:
-            if known.shape == prompt.shape and known.dtype == prompt.dtype and torch.equal(known, prompt):
+            if known.shape == prompt.shape and known.dtype == prompt.dtype and torch.equal(known, prompt.cpu()):
                 return caption
         return None
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from qengine import Engine
-from qengine.cli import main
 from qengine.engine.latents import pack
 from qengine.engine.zimage import ZImageTransformer
 from qengine.errors import CheckpointError, RequestError
@@ -244,10 +243,18 @@ def test_facts_of_the_transformer_are_its_config() -> None:
     assert facts == {key: component.config[key] for key in facts} and len(facts) == 6
 
 
-def test_the_engine_says_that_it_does_not_run_the_model_yet(capsys: pytest.CaptureFixture[str]) -> None:
-    folder = str(shared_zimage())
-    with pytest.raises(CheckpointError, match="one that this engine runs .*, got z-image"):
-        Engine.open(folder)
-    for words in (["plan", folder, "--size", "64x64"], ["pack", folder, "--weights", "int8"], ["info", folder]):
-        assert main(words) == 4
-        assert "one that this engine runs" in capsys.readouterr().err
+def test_single_files_and_the_folder_make_the_same_picture(tmp_path: Path) -> None:
+    copy_part("transformer", tmp_path)
+    (part,) = (tmp_path / "transformer").glob("*.safetensors")
+    tensors = load_file(part)
+    part.unlink()
+    dit = tmp_path / "transformer" / "z_image_turbo.safetensors"
+    save_file(as_single_file(tensors), dit)
+    files = {name: next((shared_zimage() / name).glob("*.safetensors")) for name in ("vae", "text_encoder")}
+    made = []
+    for choice in ({"model": shared_zimage()}, {"dit": dit, "tokenizer": shared_zimage() / "tokenizer", **files}):
+        with Engine.open(**choice, device="cpu", cache_dir=tmp_path / "cache") as opened:
+            assert opened.source.variant == "z-image-turbo" and opened.defaults.guidance_scale == 0
+            made.append(opened.generate("a cat", size=(48, 32), num_inference_steps=2))
+    assert torch.equal(made[0].latents, made[1].latents)
+    assert made[0].image.tobytes() == made[1].image.tobytes()
