@@ -94,6 +94,8 @@ def carry_out(words: Sequence[str], values: Mapping[str, Any], talk: Talk) -> in
 def _check(words: Sequence[str], values: Mapping[str, Any]) -> None:
     if words:
         raise RequestError(f"a dataset must be named by --dataset-config alone, got {words[0]!r} too")
+    if values["dataset_config"] is None:
+        raise RequestError("--cache must stand beside --dataset-config, got it alone", hint="--dataset-config FILE")
     if values["cache"] is None:
         raise RequestError("--cache must be latents or text beside --dataset-config, got none", hint="--cache latents")
     for name in ("batch_size", "num_workers"):

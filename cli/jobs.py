@@ -194,7 +194,7 @@ def _flag(name: str, flags: Mapping[str, Flag]) -> Flag:
 
         near = get_close_matches(name, [spelling.lstrip("-") for spelling in flags], n=1)
         raise RequestError(
-            f"a job's options must be those of `qengine edit --help`, got {name!r}",
+            f"a job's options must be those that its command's --help lists, got {name!r}",
             hint=f"did you mean {near[0]}?" if near else None,
         )
     return flag

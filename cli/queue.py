@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import RequestError
 from .blend import BLEND, KNOBS
 from .flag import Flag
 from .options import DEVICE, KERNELS, MEMORY, MODEL, OUTPUT, PACKED, REQUEST, TALK, VARIANT
@@ -51,6 +50,8 @@ def carry_out(words: Sequence[str], values: Mapping[str, Any], talk: Talk) -> in
     """Extract the jobs of a file into a queue; returns the exit code.
 
     Raises:
-        RequestError: always; this is not here yet.
+        QEngineError: as ``fill.fill``.
     """
-    raise RequestError("--jobs must be left out, got it: it is not here yet")
+    from .fill import fill
+
+    return fill(words, values, talk)

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +24,7 @@ from .run import Item, open_engine, run_one
 from .words import seconds_text
 
 if TYPE_CHECKING:
-    from ..engine.qx import JobFile
-    from ..engine.request import GenerateRequest
+    from ..engine.qx import JobFile, Prepared
     from ..engine.session import Engine
 
 POLL_SECONDS = 0.5
@@ -118,11 +118,11 @@ def read_job(path: Path) -> JobFile:
     return read(path)
 
 
-def make_request(job: JobFile, values: Mapping[str, Any], engine: Engine) -> GenerateRequest:
+def prepare(job: JobFile, values: Mapping[str, Any], engine: Engine) -> Prepared:
     """The request of a job file, as ``generate --conditioning`` makes it."""
-    from ..engine.qx import request_of
+    from ..engine.qx import prepare as made
 
-    return request_of(job, values, engine)
+    return made(job, values, engine)
 
 
 class Renderer:
@@ -221,13 +221,16 @@ class Renderer:
     def _make(self, engine: Engine, claim: Claim, piece: Piece, job: JobFile, over: Mapping[str, Any]) -> None:
         start = time.perf_counter()
         files = piece.target.paths
-        request = make_request(job, {**over, "seed": piece.seed}, engine)
+        made = prepare(job, {**over, "seed": piece.seed}, engine)
         if not self._ledger.begin(piece.key, files, where=claim.name, seed=piece.seed):
             self._talk.say(f"{'kept':<8} {files[0]}")
             self._result(piece, claim, "done")
             return
         self._sweep(files)
-        run_one(engine, self._order, Item(request, piece.target), self._talk, self._packing)
+        for note in made.notes:
+            self._talk.warn(note)
+        record = {"conditioning": {"file": claim.path.name, **made.record}}
+        run_one(engine, self._order, Item(made.request, piece.target, record), self._talk, self._packing)
         seconds = round(time.perf_counter() - start, 3)
         self._ledger.end(piece.key, files, where=claim.name, seed=piece.seed, seconds=seconds)
         self._result(piece, claim, "done")
@@ -247,7 +250,7 @@ class Renderer:
     def _sweep(self, files: Sequence[Path]) -> None:
         """Delete what a killed worker left half-written of these files; the job is held, so nobody is at them."""
         for path in files:
-            for left in path.parent.glob(f".{path.name}.*.part"):
+            for left in path.parent.glob(f".{escape(path.name)}.*.part"):
                 left.unlink(missing_ok=True)
 
     def _result(self, piece: Piece, claim: Claim, state: str) -> None:
@@ -269,5 +272,6 @@ class Renderer:
         self._talk.warn(f"{claim.name}: {words}" + ("" if given_up else "; it goes back to the queue"))
         if given_up:
             line = {"where": claim.name, "error": error.message, "hint": error.hint}
-            self._ledger.fail(None, **line)
-            self.results.append({"job": None, "state": "failed", **line})
+            told = {"job": None, "state": "failed", **line}
+            self._ledger.add(told)
+            self.results.append(told)

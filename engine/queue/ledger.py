@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from ...errors import InputError, OutputError, RequestError
 
@@ -56,7 +57,7 @@ class Ledger:
             InputError: the manifest cannot be read.
         """
         names = [self._named(path) for path in files]
-        with self._lock:
+        with self._held():
             lines = [line for line in self._read() if line.get("job") == key]
             there = [path for path in files if os.path.lexists(path)]
             begun = any(line.get("files") == names for line in lines)
@@ -78,17 +79,45 @@ class Ledger:
         Raises:
             OutputError: as :meth:`begin`.
         """
-        with self._lock:
+        with self._held():
             self._add({"job": key, "state": "done", "files": [self._named(path) for path in files], **more})
 
-    def fail(self, key: str | None, **more: Any) -> None:
-        """Say that a result could not be made.
+    def lines(self) -> list[dict[str, Any]]:
+        """All that was said.
 
         Raises:
-            OutputError: as :meth:`begin`.
+            InputError: the manifest cannot be read.
         """
-        with self._lock:
-            self._add({"job": key, "state": "failed", **more})
+        with self._held():
+            return list(self._read())
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Say something, on the disk when this returns.
+
+        Raises:
+            OutputError: the manifest cannot be written.
+        """
+        with self._held():
+            self._add(line)
+
+    @contextlib.contextmanager
+    def _held(self) -> Iterator[None]:
+        """Alone at the file.
+
+        Raises:
+            OutputError: another process does not let go of it.
+        """
+        try:
+            self._lock.acquire()
+        except (Timeout, OSError) as error:
+            raise OutputError(
+                f"{self.path} must be free within {LOCK_SECONDS:g} s, got: {error}",
+                hint=f"if no process is at work there, remove {self._lock.lock_file}",
+            ) from error
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def _named(self, path: Path) -> str:
         """As seen from the folder, so that the folder can be moved."""

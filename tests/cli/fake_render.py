@@ -7,6 +7,7 @@ import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -27,14 +28,14 @@ def read_job(path: Path) -> FakeJob:
         raise InputError(f"{path} must be a job file, got: {error}") from error
 
 
-def make_request(job: FakeJob, values: dict[str, Any], engine: FakeEngine) -> Any:
+def prepare(job: FakeJob, values: dict[str, Any], engine: FakeEngine) -> Any:
     from qengine.engine.request import GenerateRequest
 
     fields = {**job.render, **values}
     model = fields.pop("model", None)
     if model not in (None, engine.source.label):
         raise CheckpointError(f"the job must be for {engine.source.label}, got {model}")
-    return GenerateRequest(**fields)
+    return SimpleNamespace(request=GenerateRequest(**fields), notes=(), record={})
 
 
 if __name__ == "__main__":
@@ -43,6 +44,6 @@ if __name__ == "__main__":
 
     for name, value in replacements(FakeEngine()).items():
         setattr(backend, name, value)
-    render.read_job, render.make_request = read_job, make_request
+    render.read_job, render.prepare = read_job, prepare
     render.POLL_SECONDS = 0.02
     sys.exit(main())

@@ -91,6 +91,16 @@ def test_a_worker_of_another_machine_loses_its_job_when_its_heartbeat_has_stood_
         assert worker.recover() == ["a"] and queue.waiting() == ["a", "b", "c"] and not far.exists()
 
 
+def test_a_live_worker_gives_signs_all_the_time(queue: JobFolder) -> None:
+    with Worker(queue, lease_seconds=0.04) as worker:
+        (path,) = queue.workers.glob("*.json")
+        assert path.stem == worker.name
+        first = path.read_text()
+        while path.read_text() == first:
+            pass
+    assert not path.exists()
+
+
 def test_a_worker_without_a_word_about_itself_has_the_lease_too(queue: JobFolder) -> None:
     now = [0.0]
     lost = queue.claimed / "lost"
