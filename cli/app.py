@@ -37,8 +37,8 @@ GENERATE_HELP = (
     + SPELLING_HELP
 )
 INFO_HELP = (
-    "Say what made a picture, or what a model is.\n\n"
-    "SUBJECT is a picture made by qengine, or a model as --model names it."
+    "Say what made a picture, what a model is, or what a job file holds.\n\n"
+    "SUBJECT is a picture made by qengine, a model as --model names it, or a .qx file."
 )
 PLAN_HELP = (
     "Say what a run would take, before anything is loaded.\n\nqengine plan MODEL --ref photo.jpg --vram 12GiB "

@@ -96,6 +96,13 @@ def read_metadata(path: Path) -> dict[str, Any]:
     return read(path)
 
 
+def check_job(path: Path) -> None:
+    """Raise InputError for a job file that cannot be used."""
+    from ..engine.qx.file import read_job
+
+    read_job(path)
+
+
 @contextlib.contextmanager
 def cancelling(engine: Engine) -> Iterator[Engine]:
     """Free the engine on the way out; a Ctrl-C also stops threads that are still at work for it."""

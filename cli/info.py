@@ -1,19 +1,25 @@
-"""``qengine info``: what made this picture, or what this model is."""
+"""``qengine info``: what made this picture, what this model is, or what this job file holds."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, RequestError
+from ..loaders.header import read_header
 from . import backend
 from .expand import looks_like_picture
 from .order import SINGLE_FILES, model_choice
 from .outputs import LATENTS
 from .words import bytes_text, table
+
+JOB, JOB_KEY, JOB_FORMAT = ".qx", "qengine", "qengine-job"
+HASHES = ("sha256", "tensors")
+REPEATED = re.compile(r"(<\|image_pad\|>)\1+")
 
 if TYPE_CHECKING:
     from ..loaders.source import ModelSource
@@ -28,11 +34,13 @@ def show(words: Sequence[str], values: Mapping[str, Any]) -> int:
     files = any(values[name] for name in SINGLE_FILES)
     if len(words) != (0 if files else 1):
         got = f"{len(words)} beside --dit" if files else len(words)
-        raise RequestError(f"info must get one picture or model, got {got}", hint="qengine info tiny")
+        raise RequestError(f"info must get one picture, model or job file, got {got}", hint="qengine info tiny")
     if files:
         return _print(model_facts({**values, "model": None}), values)
     subject = words[0]
     path = Path(subject)
+    if _is_job(path):
+        return _print(job_facts(path), values)
     is_result = looks_like_picture(subject) or (path.is_file() and path.suffix.lower() == LATENTS)
     data = picture_facts(path) if is_result else model_facts({**values, "model": subject})
     return _print(data, values)
@@ -55,6 +63,29 @@ def picture_facts(path: Path) -> dict[str, Any]:
     if not record:
         raise InputError(f"{path} must carry a qengine record, got none", hint="was it made with --no-metadata?")
     return record
+
+
+def job_facts(path: Path) -> dict[str, Any]:
+    """The document and the tensors of a job file, after every check of it.
+
+    Raises:
+        InputError: it cannot be used.
+    """
+    backend.check_job(path)
+    header = read_header(path)
+    said = json.loads(header.metadata[JOB_KEY])
+    if said["vl"] is not None:
+        said["vl"]["prompt"] = REPEATED.sub(lambda run: f"{run[1]}x{len(run[0]) // len(run[1])}", said["vl"]["prompt"])
+    tensors = {name: f"{info.dtype} {list(info.shape)}" for name, info in sorted(header.tensors.items())}
+    return {**{name: value for name, value in said.items() if name not in HASHES}, "tensors": tensors}
+
+
+def _is_job(path: Path) -> bool:
+    if path.suffix.lower() == JOB:
+        return True
+    if path.suffix.lower() != LATENTS or not path.is_file():
+        return False
+    return JOB_FORMAT in read_header(path).metadata.get(JOB_KEY, "")
 
 
 def model_facts(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,4 +159,4 @@ def _component_table(components: list[dict[str, Any]]) -> str:
 def _plain(value: Any) -> str:
     if isinstance(value, dict):
         return "  ".join(f"{key}={_plain(inner)}" for key, inner in value.items())
-    return "" if value is None else str(value)
+    return "" if value is None else str(value).replace("\n", "\\n")
