@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 FORMAT = "qengine-sweep-1"
 DEFAULT_FOLDER = "sweep_out"
-GRID, RECORD = "grid.png", "sweep.json"
+GRID, RECORD, READ = "grid.png", "sweep.json", "sweep.qx"
 _NOT_REPEATED = {"output", "save_path", "resume", "json", "quiet", "verbose", "debug", "prompt"}
 
 
@@ -115,7 +115,7 @@ class Cells:
         self._files = {cell: folder.path / f"{cell.stem}.png" for cell in sweep.axes.cells}
         self._hashes = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in sweep.inputs}
         self._model: dict[str, Any] = {}
-        ours = ([folder.grid] if not folder.named else []) + [folder.path / RECORD]
+        ours = ([folder.grid] if not folder.named else []) + [folder.path / RECORD, folder.path / READ]
         for path in (*self._files.values(), *ours):
             check_targets((path,), sweep.inputs, new=not manifest.began((path,)))
 
@@ -148,17 +148,12 @@ class Cells:
         write_whole(record, lambda temporary: _write_text(temporary, words))
 
     def _run(self, todo: Sequence[Cell]) -> dict[Cell, dict[str, Any]]:
-        from ..engine.sweep import encoded, prepared
-        from .sweep import read_pictures
+        from ..engine.sweep import prepared
 
         sweep, packing = self._sweep, PackMeter(self._talk)
         results: dict[Cell, dict[str, Any]] = {}
         with backend.cancelling(open_engine(sweep.order, self._talk, packing)) as engine:
-            job = read_pictures(sweep, engine, self._talk)
-            packing.phase = "encode"
-            self._talk.display.start("encode")
-            job = encoded(engine, job, sweep.fields)
-            self._talk.display.end("once for all cells")
+            job = self._job(engine, packing)
             self._about(engine, job)
             bar = CellBar(self._talk, len(todo))
             for cell, made in prepared(engine, job, sweep.axes, sweep.fields, todo):
@@ -168,10 +163,30 @@ class Cells:
             bar.end()
         return results
 
+    def _job(self, engine: Engine, packing: PackMeter) -> JobFile:
+        """What is read and encoded once, kept beside the cells so that each can be made again from it."""
+        from ..engine.qx import read_job, write_job
+        from ..engine.sweep import encoded
+        from .sweep import read_pictures
+
+        sweep, talk, file, key = self._sweep, self._talk, self._folder.path / READ, self._read_key()
+        if self._manifest.done(key, (file,)):
+            talk.say(f"{'kept':<8} {file}")
+        else:
+            job = read_pictures(sweep, engine, talk)
+            packing.phase = "encode"
+            talk.display.start("encode")
+            job = encoded(engine, job, sweep.fields)
+            talk.display.end("once for all cells")
+            self._manifest.add({"job": key, "state": "begun", "files": [str(file)]})
+            write_job(file, job)
+            self._manifest.add({"job": key, "state": "done", "files": [str(file)]})
+        return replace(read_job(file), knobs=sweep.job.knobs, blend=sweep.job.blend)
+
     def _make(self, engine: Engine, cell: Cell, made: Prepared, talk: Talk) -> dict[str, Any]:
         file = self._files[cell]
         self._manifest.add({"job": self._key(cell), "state": "begun", "files": [str(file)]})
-        item, order = Item(made.request, Target(file, None)), self._sweep.order
+        item, order = Item(made.request, Target(file, None), self._said(made)), self._sweep.order
         try:
             done = run_one(engine, replace(order, as_json=True), item, talk, PackMeter(talk))
         except Cancelled:
@@ -185,6 +200,12 @@ class Cells:
         self._manifest.add(line)
         return line
 
+    def _said(self, made: Prepared) -> dict[str, Any]:
+        """What a cell's metadata says, so that ``rerun`` finds the file beside it."""
+        from .conditioning import words_of
+
+        return {"conditioning": words_of(made.record, READ, self._sweep.values["vl_statistics"])}
+
     def _line(self, cell: Cell, state: str, **more: Any) -> dict[str, Any]:
         return {"job": self._key(cell), "state": state, "files": [str(self._files[cell])], **cell.numbers, **more}
 
@@ -195,17 +216,24 @@ class Cells:
             line for line in reversed(self._manifest.lines) if line.get("job") == key and line["state"] == "done"
         )
 
-    def _key(self, cell: Cell) -> str:
-        """SHA-256 over everything that decides the picture: request, knobs, contents of files, models, devices."""
-        from ..engine.qx.settings import knob_words
+    def _read_key(self) -> str:
+        """SHA-256 over everything that decides what is read and encoded."""
         from .blend import VL
 
         sweep = self._sweep
+        names = ("prompt", "negative_prompt", "size", "size_rule", "true_cfg_scale", "guidance_scale")
+        fields = {name: sweep.fields.get(name) for name in names}
         read = {flag.key: sweep.values[flag.key] for flag in VL}
+        return _digest([fields, sorted(sweep.job.knobs.layers), read, list(self._hashes.values()), sweep.order.model])
+
+    def _key(self, cell: Cell) -> str:
+        """SHA-256 over everything that decides the picture: what is read, the request and the knobs."""
+        from ..engine.qx.settings import knob_words
+
+        sweep = self._sweep
         knobs = [knob_words(sweep.job.knobs), {**knob_words(sweep.job.blend), "alpha": cell.alpha}]
         fields = {name: value for name, value in sweep.fields.items() if name not in ("init_image", "statistics")}
-        content = [fields, cell.numbers, knobs, read, list(self._hashes.values()), sweep.order.model]
-        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+        return _digest([self._read_key(), fields, cell.numbers, knobs])
 
     def _about(self, engine: Engine, job: JobFile) -> None:
         source = engine.source
@@ -243,6 +271,10 @@ class Cells:
             "grid": self._folder.grid.name,
             "cells": [{**line, "files": [Path(file).name for file in line["files"]]} for line in results.values()],
         }
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _write_text(path: Path, words: str) -> None:

@@ -100,7 +100,7 @@ def carry_out(order: Order, talk: Talk) -> int:
     try:
         with backend.cancelling(open_engine(order, talk, packing)) as engine:
             made = _prepared(job, order, asked, engine, talk)
-            record = {"conditioning": _words(made.record, asked)}
+            record = {"conditioning": words_of(made.record, asked.file, asked.said.get("statistics"))}
             for seed, target in zip(order.seeds, targets, strict=True):
                 item = Item(replace(made.request, seed=seed), target, record)
                 results.append(run_one(engine, order, item, talk, packing))
@@ -133,18 +133,23 @@ def _prepared(job: JobFile, order: Order, asked: Conditioned, engine: Engine, ta
     return made
 
 
-def _words(record: Mapping[str, Any], asked: Conditioned) -> dict[str, Any]:
-    """What the metadata says: names without folders, hashes, knobs."""
+def words_of(record: Mapping[str, Any], file: str, statistics: str | Path | None) -> dict[str, Any]:
+    """What the metadata of a picture says of its job file: names without folders, hashes, knobs.
+
+    Args:
+        record: of what was prepared.
+        file: path or URL of the job file.
+        statistics: the file that was given, or None.
+    """
     from ..engine.qx.header import sha256_of
     from ..engine.qx.remote import base_name
 
-    statistics = asked.said.get("statistics")
     used = (
         {}
         if statistics is None
-        else {"statistics": {"file": base_name(statistics), "sha256": sha256_of(Path(statistics))}}
+        else {"statistics": {"file": base_name(str(statistics)), "sha256": sha256_of(Path(statistics))}}
     )
-    return {"file": base_name(asked.file), **record, **used}
+    return {"file": base_name(file), **record, **used}
 
 
 def _beside(name: str, picture: Path) -> Path:

@@ -157,7 +157,7 @@ def _one(sweep: Sweep, talk: Talk) -> int:
         for note in made.notes:
             talk.warn(note)
         for seed, target in zip(order.seeds, targets, strict=True):
-            item = Item(replace(made.request, seed=seed), target)
+            item = Item(replace(made.request, seed=seed), target, {"read": dict(made.record)})
             results.append(run_one(engine, order, item, talk, packing))
     if order.as_json:
         print(json.dumps({"outputs": results}, indent=2))

@@ -73,6 +73,7 @@ def test_values_out_of_range_or_twice_are_refused(
         Axes(alphas, strengths)
 
 
+@pytest.mark.slow
 def test_S19_the_row_of_alpha_0_is_the_run_without_a_picture_bit_by_bit(engine: Engine, start: str) -> None:
     axes, fields = Axes((0.0, 0.6), (0.5, 1.0)), {**FIELDS, "init_image": start}
     ready = encoded(engine, job(), fields)
