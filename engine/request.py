@@ -161,9 +161,9 @@ class EditRequest(GenerateRequest):
             raise RequestError(
                 f"reference masks must be none or one per picture ({len(self.images)}), got {len(self.reference.masks)}"
             )
-        if not self.images and (self.keep != Keep() or any(self.reference.masks)):
+        if not self.images and (self.keep != Keep() or any(self.reference.masks) or self.resize_control):
             raise RequestError(
-                "images must be there where a part of them is kept or masked, got latents alone",
+                "images must be there where they are kept, masked or resized, got latents alone",
                 hint="edit where the pictures are",
             )
         if self.init_image is not None or self.strength is not None:

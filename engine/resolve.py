@@ -212,7 +212,8 @@ def _guidance(request: GenerateRequest, defaults: Defaults, notes: list[str]) ->
             "cfg_normalization": request.cfg_normalization or 0.0,
             "cfg_truncation": 1.0 if request.cfg_truncation is None else request.cfg_truncation,
         }
-    if not on and request.negative_prompt is not None:
+    given = request.given is not None and request.given.negative_embeds is not None
+    if not on and (given or request.negative_prompt is not None):
         notes.append(f"the negative prompt is not used: {unused}")
     return fields | {"negative_prompt": negative if on else None}
 

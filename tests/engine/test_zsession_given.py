@@ -148,8 +148,12 @@ def test_an_edit_from_given_latents_equals_that_from_the_pictures(editor: Engine
 
 
 def _check_refusals(editor: Engine, asked: GenerateRequest, given: Given) -> None:
-    with pytest.raises(RequestError, match="images must be there where a part of them is kept or masked"):
+    with pytest.raises(RequestError, match="images must be there where they are kept, masked or resized"):
         EditRequest(**_fields(asked), images=(), keep=Keep(mask=picture()))
+    with pytest.raises(RequestError, match="kept, masked or resized"):
+        EditRequest(**_fields(asked), images=(), resize_control="image")
+    with pytest.raises(RequestError, match="init must be given where a run starts from the first picture"):
+        editor.plan(EditRequest(**_fields(asked), images=(), denoise=0.5))
     with pytest.raises(RequestError, match="negative_embeds must be given"):
         editor.plan(replace(asked, given=replace(given, negative_embeds=None)))
     with pytest.raises(RequestError, match="must be a picture to edit|must get a picture to edit"):
