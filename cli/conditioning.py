@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CheckpointError, InputError, RequestError
 from . import backend
 from .blend import said_of
+from .heard import heard
 from .meter import PackMeter
-from .order import SINGLE_FILES, Conditioned, Order, Values, generate_order
+from .order import SINGLE_FILES, Conditioned, Order, Values, check_files, generate_order
 from .outputs import check_preview_folder, choose
 from .progress import Talk
 from .run import Item, open_engine, run_one
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from ..engine.qx import JobFile, Prepared
     from ..engine.session import Engine
 
+MEASURES = ("text: ", "picture: ", "blended: ")
+"""How the lines begin that say what the blend is made of."""
 STAND_IN = "-"
 """For the prompt while it is not known whether the file has one."""
 
@@ -93,12 +96,14 @@ def carry_out(order: Order, talk: Talk) -> int:
     if asked is None:
         raise RuntimeError("an order must go on from a job file")
     job = _read(asked)
+    _check(job, order, asked)
+    check_files(order.pictures)
     targets = choose(order.wish, order.seeds)
     if order.preview is not None:
         check_preview_folder(order.preview)
     results, packing = [], PackMeter(talk)
     try:
-        with backend.cancelling(open_engine(order, talk, packing)) as engine:
+        with heard(talk), backend.cancelling(open_engine(order, talk, packing)) as engine:
             made = _prepared(job, order, asked, engine, talk)
             record = {"conditioning": words_of(made.record, asked.file, asked.said.get("statistics"))}
             for seed, target in zip(order.seeds, targets, strict=True):
@@ -123,13 +128,30 @@ def _read(asked: Conditioned) -> JobFile:
     return job
 
 
+def _check(job: JobFile, order: Order, asked: Conditioned) -> None:
+    """What can be wrong without the model."""
+    from ..engine.qx.settings import settle
+    from ..engine.qx.use import check_prompt
+
+    check_prompt(job, settle(job, _said(order, asked)))
+    if "init_image" in order.request:
+        backend.check_picture(order.request["init_image"])
+
+
+def _said(order: Order, asked: Conditioned) -> dict[str, Any]:
+    request = {name: value for name, value in order.request.items() if not (asked.alone and name == "prompt")}
+    return {**asked.said, **request}
+
+
 def _prepared(job: JobFile, order: Order, asked: Conditioned, engine: Engine, talk: Talk) -> Prepared:
     from ..engine.qx import prepare
 
-    request = {name: value for name, value in order.request.items() if not (asked.alone and name == "prompt")}
-    made = prepare(job, {**asked.said, **request}, engine)
+    made = prepare(job, _said(order, asked), engine)
     for note in made.notes:
-        talk.warn(note)
+        if note.startswith(MEASURES):
+            talk.say(f"{'blend':<8} {note}")
+        else:
+            talk.warn(note)
     return made
 
 

@@ -15,6 +15,7 @@ from . import dataset, queue
 from .blend import BLEND, KNOBS, VL
 from .expand import looks_like_picture
 from .flag import Flag
+from .heard import heard
 from .options import DEVICE, KERNELS, MEMORY, MODEL, PACKED, REQUEST, TALK, TEMPLATE, VARIANT
 from .order import SINGLE_FILES, check_files
 from .outputs import check_picture_file, check_preview_folder, check_targets
@@ -97,10 +98,11 @@ def carry_out(words: Sequence[str], values: Values, talk: Talk) -> int:
     place = _place(wanted, values)
     start = time.perf_counter()
     try:
-        job = make_job(wanted, values, talk)
+        with heard(talk):
+            job = make_job(wanted, values, talk)
+            return _write(job, place, values, talk, start)
     finally:
         talk.display.close()
-    return _write(job, place, values, talk, time.perf_counter() - start)
 
 
 def wanted_of(words: Sequence[str], values: Values) -> Wanted:
@@ -193,7 +195,7 @@ def _local(text: str | None, wanted: Wanted) -> tuple[Path, bool]:
     return next(path for name in names if not os.path.lexists(path := folder / (name + SUFFIX))), True
 
 
-def _write(job: JobFile, place: str | Path, values: Values, talk: Talk, seconds: float) -> int:
+def _write(job: JobFile, place: str | Path, values: Values, talk: Talk, start: float) -> int:
     from ..engine.qx import write_job
     from ..engine.qx.remote import shown
 
@@ -203,7 +205,7 @@ def _write(job: JobFile, place: str | Path, values: Values, talk: Talk, seconds:
     name = shown(place) if isinstance(place, str) else str(place)
     what = ", ".join(f"{each} {'x'.join(map(str, tensor.shape))}" for each, tensor in job.tensors.items())
     talk.detail(f"{'holds':<8} {what}")
-    talk.say(f"{'done':<8} {name}  {bytes_text(size)}  {seconds_text(seconds)}")
+    talk.say(f"{'done':<8} {name}  {bytes_text(size)}  {seconds_text(time.perf_counter() - start)}")
     if values["json"]:
         shapes = {each: list(tensor.shape) for each, tensor in job.tensors.items()}
         said = {"output": name, "kind": job.kind, "bytes": size, "tensors": shapes, "report": lines}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..engine.qx import JobFile, blended
+from ..engine.qx.fit import picture_notes
 from ..engine.qx.make import encoded, extractor_words
-from ..engine.vl import EXPERIMENTAL, BlendKnobs, Knobs, condition, report
+from ..engine.vl import EXPERIMENTAL, BlendKnobs, Knobs, condition, likeness, report
 from ..errors import CheckpointError, RequestError
 from ..loaders.variant import ZIMAGE
 from ..loaders.vl import open_vl
@@ -67,9 +69,7 @@ def check_pair(values: Values) -> None:
 
 def read(wanted: Wanted, values: Values, layers: tuple[int, ...], talk: Talk) -> JobFile:
     """Raw hidden states of the pictures; the model is freed again."""
-    from .progress import StepClock
-
-    clock = StepClock(values["vl_device"] or "cpu")
+    start = time.perf_counter()
     talk.display.start("read")
     extractor = open_extractor(values)
     try:
@@ -77,11 +77,10 @@ def read(wanted: Wanted, values: Values, layers: tuple[int, ...], talk: Talk) ->
         job = read_with(extractor, wanted, values, layers)
     finally:
         extractor.unload()
-    talk.display.end(
-        f"{source.folder.name} ({source.variant}), {job_layers(layers)}  {seconds_text(clock.seconds)}, then freed"
-    )
-    for note in extractor.notes:
-        talk.detail(f"note: {note}")
+    took = seconds_text(time.perf_counter() - start)
+    device = extractor.encoder.identity["device"]
+    name = source.folder.resolve().name
+    talk.display.end(f"{name} ({source.variant}), {device}, {job_layers(layers)}  {took}, then freed")
     return job
 
 
@@ -109,16 +108,15 @@ def read_with(extractor: VLEmbeddingExtractor, wanted: Wanted, values: Values, l
 
 def encode(wanted: Wanted, values: Values, talk: Talk) -> JobFile:
     """Prompt, negative prompt, and latents of the pictures; the model is freed again."""
-    from .progress import StepClock
-
     packing = PackMeter(talk)
     choice = {**model_choice(values), **device_choice(values), **memory_choice(values)}
     with backend.cancelling(backend.open_engine(packing, **choice)) as engine:
-        clock = StepClock(str(engine.device))
+        start = time.perf_counter()
         packing.phase = "encode"
         talk.display.start("encode")
         job = encoded(engine, request_of(wanted, values))
-        talk.display.end(f"{engine.source.label} ({engine.source.variant})  {seconds_text(clock.seconds)}")
+        took = seconds_text(time.perf_counter() - start)
+        talk.display.end(f"{engine.source.label} ({engine.source.variant}), {engine.device.type}  {took}, then freed")
         return job
 
 
@@ -131,8 +129,10 @@ def request_of(wanted: Wanted, values: Values) -> GenerateRequest:
 
 def render_of(values: Values, job: JobFile) -> dict[str, Any]:
     """Options of the run that were said here, but for what the file holds by itself."""
-    own = {"negative_prompt", "init_image", "prompt"} | ({"size"} if job.given.size is not None else set())
+    own = {"negative_prompt", "init_image", "prompt"}
     said = {**request_fields(values), **starting(values)}
+    if job.given.size not in (None, said.get("size")):
+        own.add("size")
     fields = {name: value for name, value in said.items() if name not in own}
     if values["negative_prompt"] is not None and job.given.prompt_embeds is None:
         fields["negative_prompt"] = values["negative_prompt"]
@@ -144,7 +144,7 @@ def numbers(job: JobFile, statistics: str | None) -> list[str]:
     """Sizes and standard deviations, raw, by the knobs, and of the blend where the prompt is encoded."""
     if job.raw is None:
         return []
-    lines = [f"note: {EXPERIMENTAL}", *report(job.raw)]
+    lines = [f"note: {note}" for note in (EXPERIMENTAL, *picture_notes(job, None))] + report(job.raw)
     text = job.given.prompt_embeds
     try:
         made = condition(job.raw, job.knobs, statistics=statistics, text_embeds=text)
@@ -154,6 +154,7 @@ def numbers(job: JobFile, statistics: str | None) -> list[str]:
     lines += [line for line in report(made) if line not in known]
     if text is not None:
         _, notes = blended(job.raw, job.knobs, job.blend, text, statistics)
+        lines.append(likeness(text, made.embeddings))
         lines += [note for note in notes if note != EXPERIMENTAL and f"note: {note}" not in lines]
     return lines
 

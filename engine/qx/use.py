@@ -115,9 +115,7 @@ def prepare(job: JobFile, values: Mapping[str, Any], engine: Engine) -> Prepared
     check_model(job, engine.source)
     if job.kind == "qwen-image-edit":
         return _edit(job, settings, engine)
-    prompt = settings.fields.get("prompt", job.prompt)
-    if prompt is None and (job.raw is None or not _alone(settings.blend)):
-        raise _no_prompt(settings.blend)
+    prompt = check_prompt(job, settings)
     embeds, negative = _text(job, settings, prompt, engine)
     notes: tuple[str, ...] = ()
     if job.raw is not None:
@@ -131,6 +129,18 @@ def prepare(job: JobFile, values: Mapping[str, Any], engine: Engine) -> Prepared
     given = Given(embeds, negative, init=init, size=None if init is None else job.given.size)
     request = GenerateRequest(**{**settings.fields, "prompt": prompt or ALONE, "given": given})
     return Prepared(request, (*notes, *picture_notes(job, settings.fields.get("init_image"))), _record(job, settings))
+
+
+def check_prompt(job: JobFile, settings: Settings) -> str | None:
+    """The prompt that is said, or the file's; None where the picture is taken alone.
+
+    Raises:
+        RequestError: there is none and the picture's share is below 1.
+    """
+    prompt = settings.fields.get("prompt", job.prompt)
+    if prompt is None and (job.raw is None or not _alone(settings.blend)):
+        raise _no_prompt(settings.blend)
+    return prompt
 
 
 def _edit(job: JobFile, settings: Settings, engine: Engine) -> Prepared:

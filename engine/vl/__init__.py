@@ -22,7 +22,7 @@ from .outliers import get_outlier_dimensions, mask_outlier_dimensions
 from .presets import ALPHA_EFFECTS, COMPLEXITY, EXPERIMENTAL, RECIPES, Recipe, recipe
 from .raw import RawExtraction, Seen
 from .refine import Round, refine, rounds
-from .report import blend_report, report
+from .report import blend_report, likeness, report
 from .resample import compress_rows, resample
 from .stats import Statistics, compute_statistics, default_path, read_statistics, write_statistics
 
@@ -62,6 +62,7 @@ __all__ = [
     "default_path",
     "get_outlier_dimensions",
     "graduated_alpha",
+    "likeness",
     "mask_outlier_dimensions",
     "read_statistics",
     "recipe",

@@ -55,6 +55,8 @@ def blend_embeddings(vl: torch.Tensor, text: torch.Tensor, alpha: float = BlendK
         return rows.to(text.dtype, copy=True)
     if len(rows) > kept:
         logger.warning("linear blending keeps the first %d of %d picture rows; interpolate reads on", kept, len(rows))
+    if len(text_rows) > kept:
+        logger.warning("linear blending keeps the first %d of %d prompt rows; interpolate keeps all", kept, len(text))
     return mix(rows[:kept], text_rows[:kept], alpha).to(text.dtype)
 
 

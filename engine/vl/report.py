@@ -24,6 +24,15 @@ def blend_report(text: torch.Tensor, vl: torch.Tensor, blended: torch.Tensor) ->
     return [f"{name}: {len(rows)} rows, std {total_std(rows):.4f}" for name, rows in named.items()]
 
 
+def likeness(text: torch.Tensor, vl: torch.Tensor) -> str:
+    """How alike the columns of a picture and of a text are; one says little, both may be ruled by a few columns."""
+    sides = [(rows.double().mean(dim=0), rows.double().std(dim=0)) for rows in (text, vl) if len(rows) > 1]
+    if len(sides) < 2:
+        return "columns beside the prompt's: too few rows to correlate"
+    means, spreads = (float(torch.corrcoef(torch.stack(pair))[0, 1]) for pair in zip(*sides, strict=True))
+    return f"columns beside the prompt's: correlation of means {means:.4f}, of stds {spreads:.4f}"
+
+
 def _raw_lines(raw: RawExtraction) -> list[str]:
     image = raw.kinds == IMAGE
     pictures = ", ".join(f"{rows}x{columns} patches" for _, rows, columns in raw.grid_thw.tolist()) or "none"

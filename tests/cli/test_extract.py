@@ -19,7 +19,7 @@ from qengine.cli import main
 from qengine.engine.given import Given
 from qengine.engine.metadata import read_metadata
 from qengine.engine.qx import blended, read_job
-from qengine.engine.vl import EXPERIMENTAL, BlendKnobs, Knobs
+from qengine.engine.vl import EXPERIMENTAL, BlendKnobs, Knobs, VLEmbeddingExtractor
 from qengine.engine.vl.condition import total_std
 from vlpipelines import open_vl, picture, shared_vl
 from zpipelines import build_zimage
@@ -158,6 +158,49 @@ def test_an_edit_is_encoded_here_and_rendered_there(place: Path, run: Run) -> No
         code, _, err = run("generate", "--conditioning", "edit.qx", "--model", "tiny", *more, "-o", "no.png")
         assert code == 2 and subject in err
     assert not Path("no.png").exists()
+
+
+def test_V34_what_reads_is_freed_before_what_encodes_is_loaded(
+    place: Path, run: Run, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    for owner, name in ((VLEmbeddingExtractor, "raw"), (VLEmbeddingExtractor, "unload"), (Engine, "extract")):
+        kept = getattr(owner, name)
+
+        def noted(self: Any, *args: Any, _kept: Any = kept, _name: str = name, **options: Any) -> Any:
+            done.append(_name)
+            return _kept(self, *args, **options)
+
+        monkeypatch.setattr(owner, name, noted)
+    read(run, "--model", model, "--prompt", "Homer Simpson", *SMALL)
+    assert done == ["raw", "unload", "extract"]
+
+
+def test_S15_the_picture_that_is_read_may_be_the_one_to_start_from_and_another_one_is_told(
+    place: Path, run: Run, model: str
+) -> None:
+    clash = "the picture that the run starts from is not the one that was read"
+    request = ("--model", model, "--prompt", "Homer Simpson", *SMALL)
+    assert clash in read(run, *request, "--init-image", "photo.png", "--strength", "0.5")
+    assert clash not in read(run, *request, "--init-image", "ref.png", "--strength", "1", output="same.qx")
+    job = read_job("same.qx")
+    assert job.given.init is not None and job.render["strength"] == 1
+    words = ("generate", "--model", model, "--seed", "3", "-o", "out.png", "--conditioning")
+    code, _, err = run(*words, "same.qx")
+    assert code == 0 and clash not in err, err
+    other = ("--init-image", "photo.png", "--strength", "1")
+    code, _, err = run(*words, "same.qx", *other)
+    assert code == 0 and clash in err, err
+    code, _, err = run(*words, "same.qx", "--size", "64x64")
+    assert code == 2 and "size must be 48x32 as the latents in the job file" in err
+
+
+def test_what_a_logger_warns_of_is_a_note_said_once_and_not_to_the_quiet(place: Path, run: Run, model: str) -> None:
+    assert read(run).count("note: hidden size of the Qwen3-VL model is 64") == 1
+    assert read(run, "-q") == ""
+    words = ("generate", "Homer Simpson", "--conditioning", "job.qx", "--model", model, *SMALL, "--blend", "linear")
+    code, _, err = run(*words, "-o", "out.png")
+    assert code == 0 and "note: linear blending keeps the first" in err
 
 
 def test_a_file_for_another_model_is_refused(place: Path, run: Run, model: str, tmp_path: Path) -> None:

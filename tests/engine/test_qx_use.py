@@ -10,15 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pipelines import shared_pipeline
+from qengine.engine.defaults import DEFAULTS
 from qengine.engine.given import Given
 from qengine.engine.qx import JobFile, blended, prepare, read_job, request_of, write_job
-from qengine.engine.qx.make import extractor_words
-from qengine.engine.request import GenerateRequest
+from qengine.engine.qx.make import encoded, extractor_words
+from qengine.engine.request import EditRequest, GenerateRequest
 from qengine.engine.session import Engine
 from qengine.engine.vl import EXPERIMENTAL, BlendKnobs, Knobs, compute_statistics, write_statistics
 from qengine.errors import CheckpointError, RequestError
 from qxjobs import raw_of
-from vlpipelines import shared
+from vlpipelines import picture, shared
 from zpipelines import build_zimage
 
 PROMPT = "Homer Simpson"
@@ -178,3 +180,35 @@ def test_tokenizers_and_think_blocks_that_differ_are_told(engine: Engine, job: J
     same = replace(job, extractor={})
     assert "vocabularies" not in notes(same)
     assert "think block" in notes(replace(same, raw=replace(job.raw, variant="thinking")))
+
+
+def test_an_edit_from_a_file_is_the_edit_bit_by_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    defaults = DEFAULTS["qwen-image-edit-2511"]
+    small = replace(defaults, area_pixels=4096, condition_area_pixels=4096, reference_area_pixels=4096)
+    monkeypatch.setitem(DEFAULTS, "qwen-image-edit-2511", small)
+    images = tuple(tmp_path / f"{number}.png" for number in range(2))
+    for number, path in enumerate(images):
+        picture(64, 48 + 16 * number, number).save(path)
+    request = EditRequest(images=images, prompt="make it night", num_inference_steps=1, seed=4)
+    with Engine.open(shared_pipeline("edit-2511"), device="cpu", cache_dir=tmp_path / "here") as here:
+        expected = pixels(here, request)
+        write_job(tmp_path / "edit.qx", encoded(here, request, {"num_inference_steps": 1}))
+    for path in images:
+        path.unlink()
+    job = read_job(tmp_path / "edit.qx")
+    assert [seen.width for seen in job.pictures] == [64, 64] and job.given.negative_embeds is not None
+    with Engine.open(shared_pipeline("edit-2511"), device="cpu", cache_dir=tmp_path / "there") as there:
+        assert np.array_equal(pixels(there, request_of(job, {"seed": 4}, there)), expected)
+        again = request_of(job, {"seed": 4, "prompt": "make it night", "negative_prompt": " "}, there)
+        assert again.given is job.given
+        for said in ({"prompt": "make it day"}, {"negative_prompt": "blurry"}, {"size": (48, 48)}):
+            with pytest.raises(RequestError, match="as the latents|must be the job file's"):
+                request_of(job, said, there)
+
+
+def test_text_alone_is_no_job_but_of_z_image(engine: Engine) -> None:
+    with Engine.open(device="cpu") as tiny, pytest.raises(RequestError, match="of Z-Image or of an edit"):
+        encoded(tiny, GenerateRequest(prompt="x"))
+    job = encoded(engine, GenerateRequest(prompt=PROMPT, **FIELDS))
+    assert job.given.prompt_embeds is not None
+    assert torch.equal(job.given.prompt_embeds, text_of(engine))
