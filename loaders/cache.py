@@ -14,6 +14,7 @@ from ..errors import CheckpointError
 from .document import read_json
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}$")
+READER_TYPE = "qwen3_vl"
 _WEIGHTED = ("transformer", "vae", "text_encoder")
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
 
@@ -64,18 +65,34 @@ def cached_repositories() -> Iterator[tuple[str, Path]]:
             yield f"{owner}/{name}", folder
 
 
+def is_reader(snapshot: Path) -> bool:
+    """Whether a folder is laid out as transformers lays out Qwen3-VL, whole or not."""
+    config = snapshot / "config.json"
+    plain = config.is_file() and not (snapshot / "model_index.json").exists()
+    return plain and read_json(config).get("model_type") == READER_TYPE
+
+
 def missing_parts(snapshot: Path) -> list[str]:
-    """What a diffusers folder lacks, as relative names; empty where nothing does. Only names are looked at."""
+    """What a model's folder lacks, as relative names; empty where nothing does. Only names are looked at."""
+    if is_reader(snapshot):
+        processors = (snapshot / name for name in ("preprocessor_config.json", "processor_config.json"))
+        needed = [] if any(path.is_file() for path in processors) else ["preprocessor_config.json"]
+        if not (snapshot / "tokenizer.json").is_file():
+            needed += ["vocab.json", "merges.txt"]
+        return [name for name in needed if not (snapshot / name).is_file()] + _missing_weights(snapshot)
     missing = [name for name in ("model_index.json", "tokenizer") if not (snapshot / name).exists()]
     for part in _WEIGHTED:
         folder = snapshot / part
-        indices = list(folder.glob("*.safetensors.index.json"))
-        if indices:
-            listed = read_json(indices[0]).get("weight_map")
-            shards = sorted({str(name) for name in listed.values()}) if isinstance(listed, dict) else []
-            missing += [f"{part}/{name}" for name in shards if not (folder / name).is_file()]
-        elif not any(file.is_file() for file in folder.glob("*.safetensors")):
-            missing.append(f"{part}/*.safetensors")
+        missing += [f"{part}/{name}" for name in _missing_weights(folder)]
         if not (folder / "config.json").is_file():
             missing.append(f"{part}/config.json")
     return missing
+
+
+def _missing_weights(folder: Path) -> list[str]:
+    indices = list(folder.glob("*.safetensors.index.json"))
+    if indices:
+        listed = read_json(indices[0]).get("weight_map")
+        shards = sorted({str(name) for name in listed.values()}) if isinstance(listed, dict) else []
+        return [name for name in shards if not (folder / name).is_file()]
+    return [] if any(file.is_file() for file in folder.glob("*.safetensors")) else ["*.safetensors"]

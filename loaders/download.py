@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
 
 _FOLDERS = frozenset({"transformer", "vae", "text_encoder", "tokenizer", "processor", "image_processor", "scheduler"})
+_READER_FILES = frozenset({"config.json", "tokenizer_config.json"})
 _SUFFIXES = (".safetensors", ".json", ".txt", ".jinja")
 _MARGIN_BYTES = 256 << 20
 _TIMEOUT_SECONDS = 30.0
@@ -76,16 +77,27 @@ def _listing(hub_id: str) -> tuple[str, list[_File]]:
     from huggingface_hub import HfApi
 
     info = HfApi(endpoint=_endpoint()).model_info(hub_id, files_metadata=True, timeout=_TIMEOUT_SECONDS)
-    files = [_described(hub_id, entry) for entry in info.siblings or () if _needed(entry.rfilename)]
-    if not info.sha or "model_index.json" not in (file.name for file in files):
-        raise CheckpointError(f"{hub_id} must be a diffusers model, got a repository without model_index.json")
+    entries = info.siblings or ()
+    names = {entry.rfilename for entry in entries}
+    needed = _of_pipeline if "model_index.json" in names else _of_reader
+    if not info.sha or (needed is _of_reader and not names >= _READER_FILES):
+        raise CheckpointError(
+            f"{hub_id} must be a diffusers model or a Qwen3-VL, got a repository without model_index.json"
+        )
+    files = [_described(hub_id, entry) for entry in entries if needed(entry.rfilename)]
     return info.sha, sorted(files, key=lambda file: (file.sha256 is not None, file.name))
 
 
-def _needed(name: str) -> bool:
+def _of_pipeline(name: str) -> bool:
+    """A file of a diffusers model that is read."""
     folder, _, rest = name.rpartition("/")
     plain = ".." not in name and "\\" not in name
     return plain and (name == "model_index.json" or (folder in _FOLDERS and rest.endswith(_SUFFIXES)))
+
+
+def _of_reader(name: str) -> bool:
+    """The same of a model in the layout of transformers: all in one folder."""
+    return "/" not in name and "\\" not in name and name.endswith(_SUFFIXES)
 
 
 def _described(hub_id: str, entry: RepoSibling) -> _File:

@@ -14,12 +14,13 @@ from .cache import (
     cache_folder,
     cached_repositories,
     cached_snapshot,
+    is_reader,
     looks_like_hub_id,
     missing_parts,
     repository_folder,
 )
 from .document import read_json
-from .variant import HUB_IDS, pipeline_classes, resolve_known
+from .variant import HUB_IDS, READERS, pipeline_classes, resolve_known
 
 Progress = Callable[[int, int, str], None]
 """Called with bytes done, bytes in all and the file at hand."""
@@ -191,15 +192,16 @@ def hub_name(model: str) -> str:
     """
     if model == "tiny":
         raise CheckpointError("model must be one of the hub, got tiny, which is part of the package")
-    hub_id = resolve_known(model) or model
+    hub_id = READERS.get(model.lower()) or resolve_known(model) or model
     if not looks_like_hub_id(hub_id):
-        raise CheckpointError(f"model must be a hub id (owner/name) or one of {', '.join(HUB_IDS)}, got {model!r}")
+        known = ", ".join((*HUB_IDS, *READERS))
+        raise CheckpointError(f"model must be a hub id (owner/name) or one of {known}, got {model!r}")
     return hub_id
 
 
 def short_name(hub_id: str) -> str:
     """The short name of a hub id, or the hub id itself."""
-    return next((short for short, known in HUB_IDS.items() if known == hub_id), hub_id)
+    return next((short for short, known in {**HUB_IDS, **READERS}.items() if known == hub_id), hub_id)
 
 
 def file_hash(path: Path, kind: str) -> str:
@@ -229,14 +231,18 @@ def _cached_model(hub_id: str, folder: Path) -> CachedModel | None:
     """The model in a repository's folder; None where it is of a kind that we do not run."""
     snapshot = cached_snapshot(hub_id)
     if snapshot is None:
-        if hub_id not in HUB_IDS.values():
+        if hub_id not in (*HUB_IDS.values(), *READERS.values()):
             return None
         return CachedModel(hub_id, folder, _disk_bytes(folder), False, ("everything",))
-    index = snapshot / "model_index.json"
-    if not index.is_file() or read_json(index).get("_class_name") not in pipeline_classes():
+    if not is_reader(snapshot) and not _is_pipeline(snapshot):
         return None
     missing = tuple(missing_parts(snapshot))
     return CachedModel(hub_id, snapshot, _disk_bytes(folder), not missing, missing)
+
+
+def _is_pipeline(snapshot: Path) -> bool:
+    index = snapshot / "model_index.json"
+    return index.is_file() and read_json(index).get("_class_name") in pipeline_classes()
 
 
 def _disk_bytes(folder: Path) -> int:

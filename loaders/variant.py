@@ -25,6 +25,14 @@ HUB_IDS: Mapping[str, str] = MappingProxyType(
         "z-image-turbo": "Tongyi-MAI/Z-Image-Turbo",
     }
 )
+READERS: Mapping[str, str] = MappingProxyType(
+    {
+        "qwen3-vl-4b": "Qwen/Qwen3-VL-4B-Instruct",
+        "qwen3-vl-4b-thinking": "Qwen/Qwen3-VL-4B-Thinking",
+    }
+)
+"""Models that read pictures for Z-Image: in the layout of transformers, and named by ``--vl-model``."""
+
 ZIMAGE = ("z-image", "z-image-turbo")
 ZIMAGE_CLASSES = ("ZImagePipeline", "ZImageImg2ImgPipeline")
 VERSIONS: Mapping[str, str] = MappingProxyType(

@@ -16,6 +16,7 @@ from .component import Component, component_files
 from .document import MAX_DOCUMENT_BYTES, read_json
 from .names import check_unquantised, text_encoder_name
 from .processing import require_tokenizer
+from .variant import READERS
 
 MODEL_TYPE = "qwen3_vl"
 THINKING_MARK = r"assistant\n<think>"
@@ -81,17 +82,21 @@ def open_vl(place: str | Path) -> VLSource:
     """Open a Qwen3-VL folder, or what the hub's cache holds of a repository.
 
     Args:
-        place: a folder, or a hub id; the network is not used.
+        place: a folder, or a hub id or short name of one that was pulled; the network is not used.
 
     Raises:
         CheckpointError: something is missing, incomplete, quantised, of another kind, or of other shapes than its
             config says.
     """
     folder = Path(place).expanduser()
-    if not folder.exists() and looks_like_hub_id(str(place)):
-        folder = cached_snapshot(str(place)) or folder
+    hub_id = READERS.get(str(place).lower(), str(place))
+    if not folder.exists() and looks_like_hub_id(hub_id):
+        folder = cached_snapshot(hub_id) or folder
     if not folder.is_dir():
-        raise CheckpointError(f"Qwen3-VL must be a folder in the layout of transformers, got {folder}", hint=_RESUME)
+        pull = f"qengine pull {place if looks_like_hub_id(hub_id) else 'qwen3-vl-4b'}"
+        raise CheckpointError(
+            f"Qwen3-VL must be a folder in the layout of transformers, or one that was pulled, got {folder}", hint=pull
+        )
     config = _config(folder)
     checkpoint = Checkpoint.open(component_files(folder, "vl"), text_encoder_name)
     check_unquantised(checkpoint.tensors, checkpoint.metadata, checkpoint.place, "Qwen3-VL")

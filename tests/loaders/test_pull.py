@@ -1,9 +1,11 @@
 """Pulling from a hub that this test runs on 127.0.0.1."""
 
+import contextlib
 import hashlib
 import json
 import shutil
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +15,8 @@ import pytest
 from qengine.errors import CheckpointError
 from qengine.loaders import download, hub
 from qengine.loaders.source import open_model
+from qengine.loaders.vl import open_vl
+from vlpipelines import build_vl
 
 COMMIT = "89abcdef0123456789abcdef0123456789abcdef"
 HUB_ID = "Qwen/Qwen-Image-Edit-2511"
@@ -24,8 +28,9 @@ class Hub(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, hub_id: str = HUB_ID) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
+        self.hub_id = hub_id
         self.files = {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
         self.altered: dict[str, bytes] = {}
         self.cuts: dict[str, list[int]] = {}
@@ -34,8 +39,8 @@ class Hub(ThreadingHTTPServer):
 
     def listing(self) -> dict[str, Any]:
         return {
-            "id": HUB_ID,
-            "modelId": HUB_ID,
+            "id": self.hub_id,
+            "modelId": self.hub_id,
             "sha": COMMIT,
             "siblings": [self._sibling(name, data) for name, data in self.files.items()],
         }
@@ -64,10 +69,10 @@ class Handler(BaseHTTPRequestHandler):
         self.server.requests.append((self.command, path, self.headers.get("Range")))
         if self.server.status:
             self._send(self.server.status, b"{}", body)
-        elif path.startswith(f"/api/models/{HUB_ID}"):
+        elif path.startswith(f"/api/models/{self.server.hub_id}"):
             self._send(200, json.dumps(self.server.listing()).encode(), body)
-        elif path.startswith(f"/{HUB_ID}/resolve/{COMMIT}/"):
-            self._file(path.removeprefix(f"/{HUB_ID}/resolve/{COMMIT}/"), body)
+        elif path.startswith(files := f"/{self.server.hub_id}/resolve/{COMMIT}/"):
+            self._file(path.removeprefix(files), body)
         else:
             self._send(404, b"{}", body, {"X-Error-Code": "RepoNotFound"})
 
@@ -107,7 +112,12 @@ def server(folder, monkeypatch, hub_home):
     (model.path / "README.md").write_text("not needed")
     (model.path / "vae" / "diffusion_pytorch_model.bin").write_bytes(b"not needed")
     (model.path / "whole.safetensors").write_bytes(b"not needed")
-    running = Hub(model.path)
+    with serving(Hub(model.path), monkeypatch) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def serving(running: Hub, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{running.server_address[1]}")
     monkeypatch.setattr(download, "_PAUSE_SECONDS", 0.0)
     thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02})
@@ -116,6 +126,29 @@ def server(folder, monkeypatch, hub_home):
     running.shutdown()
     thread.join()
     running.server_close()
+
+
+def test_a_reader_of_pictures_is_pulled_listed_verified_and_opened_by_its_short_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub_home
+) -> None:
+    place = build_vl(tmp_path / "served")
+    (place / "README.md").write_text("not needed")
+    (place / "original").mkdir()
+    (place / "original" / "model.safetensors").write_bytes(b"not needed")
+    with pytest.raises(CheckpointError, match="or one that was pulled") as refused:
+        open_vl("qwen3-vl-4b")
+    assert "qengine pull qwen3-vl-4b" in str(refused.value)
+    with serving(Hub(place, "Qwen/Qwen3-VL-4B-Instruct"), monkeypatch) as running:
+        pulled = hub.pull("qwen3-vl-4b")
+    names = {path.name for path in pulled.iterdir()}
+    assert names == {name for name in running.files if "/" not in name and name != "README.md"}
+    assert open_vl("qwen3-vl-4b").hidden_size == open_vl(place).hidden_size
+    assert hub.verify("qwen3-vl-4b").ok
+    assert [(model.hub_id, model.complete) for model in hub.list_models()] == [("Qwen/Qwen3-VL-4B-Instruct", True)]
+    (pulled / "model.safetensors").unlink()
+    (pulled / "preprocessor_config.json").unlink()
+    assert set(hub.list_models()[0].missing) == {"*.safetensors", "preprocessor_config.json"}
+    assert hub.remove("qwen3-vl-4b") > 0 and not hub.list_models()
 
 
 def test_a_pulled_model_opens_and_verifies_and_only_what_is_needed_came(server) -> None:
