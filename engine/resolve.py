@@ -152,7 +152,18 @@ def _check_given(job: Job) -> None:
                 f"{name} must be {2 * rows} x {2 * columns} latent cells for this size, got {list(latents.shape)}",
                 hint="encode it again for this size",
             )
-    if given.prompt_embeds is not None and job.references:
+    if job.references:
+        _check_beside_references(job, given)
+    if given.references and not job.pictures and job.start and given.init is None and not _starts_from_first(job):
+        raise RequestError(
+            "init must be given where a run starts from the first picture and its latents are of another size, "
+            f"got {list(given.references[0].shape)}"
+        )
+
+
+def _check_beside_references(job: Job, given: Given) -> None:
+    """Raise RequestError where embeddings do not serve the pictures that the text encoder saw."""
+    if given.prompt_embeds is not None:
         if job.negative_prompt is not None and given.negative_embeds is None:
             raise RequestError(
                 "negative_embeds must be given where the text encoder saw pictures and guidance is on, got none",
@@ -163,10 +174,10 @@ def _check_given(job: Job) -> None:
                 "prompt_embeds must serve every step, got references that are not there in some of them",
                 hint="leave the strengths at 0 out, or encode in the run",
             )
-    if given.references and not job.pictures and job.start and given.init is None and not _starts_from_first(job):
+    elif not job.pictures:
         raise RequestError(
-            "init must be given where a run starts from the first picture and its latents are of another size, "
-            f"got {list(given.references[0].shape)}"
+            "prompt_embeds must be given where pictures are there as latents alone, got none",
+            hint="the text encoder sees the pictures too: extract the prompt where they are",
         )
 
 

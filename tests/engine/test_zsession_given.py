@@ -154,6 +154,8 @@ def _check_refusals(editor: Engine, asked: GenerateRequest, given: Given) -> Non
         EditRequest(**_fields(asked), images=(), resize_control="image")
     with pytest.raises(RequestError, match="init must be given where a run starts from the first picture"):
         editor.plan(EditRequest(**_fields(asked), images=(), denoise=0.5))
+    with pytest.raises(RequestError, match="prompt_embeds must be given where pictures are there as latents alone"):
+        editor.plan(replace(asked, given=replace(given, prompt_embeds=None, negative_embeds=None)))
     with pytest.raises(RequestError, match="negative_embeds must be given"):
         editor.plan(replace(asked, given=replace(given, negative_embeds=None)))
     with pytest.raises(RequestError, match="must be a picture to edit|must get a picture to edit"):
