@@ -166,7 +166,7 @@ def _named(values: Values) -> bool:
 def _place(wanted: Wanted, values: Values) -> str | Path:
     """Where the file goes, checked before a model is opened."""
     from ..engine.qx.file import check_name
-    from ..engine.qx.remote import is_remote
+    from ..engine.qx.remote import check_known, is_remote
 
     report = values["report"]
     if report is not None and not wanted.reads:
@@ -176,6 +176,7 @@ def _place(wanted: Wanted, values: Values) -> str | Path:
     text = values["output"]
     if text is not None and is_remote(text):
         check_name(text)
+        check_known(text)
         return text
     path, chosen = _local(text, wanted)
     check_name(path)

@@ -80,7 +80,8 @@ def _read(path: Path, name: str) -> JobFile:
     try:
         header = read_header(path)
     except QEngineError as error:
-        raise InputError(error.message.replace(str(path), name), hint=AGAIN) from error
+        words = error.message.replace(str(path), name)
+        raise InputError(f"{name} must be a whole job file, got one that is none: {words}", hint=AGAIN) from error
     if _KEY not in header.metadata:
         raise InputError(f"{name} must be a qengine job file, got a safetensors file of something else", hint=AGAIN)
     try:

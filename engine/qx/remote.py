@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from ...errors import InputError, OutputError, RequestError
 
 CHUNK_BYTES = 4 << 20
+LOCAL_NAME = "job.qx"
 
 
 def is_remote(path: str | Path) -> bool:
@@ -22,7 +23,7 @@ def is_remote(path: str | Path) -> bool:
 def base_name(path: str | Path) -> str:
     """The last part of a path or URL, without what a URL's query may hold of secrets."""
     if is_remote(path):
-        return urlsplit(str(path)).path.rstrip("/").rsplit("/", 1)[-1] or "job"
+        return shown(str(path)).rstrip("/").rsplit("/", 1)[-1]
     return Path(path).name
 
 
@@ -39,7 +40,7 @@ def fetched(url: str, most: int) -> Iterator[Path]:
         InputError: the file cannot be read, or is too large.
     """
     with tempfile.TemporaryDirectory(prefix="qengine-") as folder:
-        local = Path(folder) / base_name(url)
+        local = Path(folder) / LOCAL_NAME
         try:
             with _open(url, "rb") as file, local.open("wb") as copy:
                 _copy(file, copy, most, url)
@@ -56,7 +57,7 @@ def put(url: str, write: Callable[[Path], None]) -> None:
         OutputError: the upload fails.
     """
     with tempfile.TemporaryDirectory(prefix="qengine-") as folder:
-        local = Path(folder) / base_name(url)
+        local = Path(folder) / LOCAL_NAME
         write(local)
         try:
             with local.open("rb") as file, _open(url, "wb") as there:
@@ -65,19 +66,19 @@ def put(url: str, write: Callable[[Path], None]) -> None:
             raise OutputError(f"{shown(url)} must be writable, got: {_words(error)}") from error
 
 
-def exists(url: str) -> bool:
-    """Whether something stands there.
+def check_known(url: str) -> None:
+    """Check that files of this kind of URL can be reached at all; asks no network.
 
     Raises:
-        RequestError: fsspec, or what it needs for this kind of URL, is not installed.
-        OutputError: the place cannot be asked.
+        RequestError: nobody knows this kind, or fsspec, or what it needs for it, is not installed.
     """
+    scheme = urlsplit(url).scheme
     try:
-        return bool(_fsspec(url).core.url_to_fs(url)[0].exists(url))
+        _fsspec(url).get_filesystem_class(scheme)
     except ImportError as error:
         raise _missing(url, error) from error
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{shown(url)} must be a place to write to, got: {_words(error)}") from error
+    except ValueError as error:
+        raise RequestError(f"URL must be of a kind that fsspec knows, got {scheme}://: {_words(error)}") from error
 
 
 def _open(url: str, mode: str) -> Any:

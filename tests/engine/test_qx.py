@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from qengine.engine.given import Given
 from qengine.engine.qx import JobFile, read_job, write_job
 from qengine.engine.qx.header import FORMAT, sha256_of, tensors_sha256
+from qengine.engine.qx.remote import base_name, check_known, shown
 from qengine.engine.vl import BlendKnobs, Knobs
 from qengine.errors import InputError, OutputError, RequestError
 from qxjobs import given_of, job_of, raw_of
@@ -300,9 +301,26 @@ def test_files_go_to_and_come_from_urls() -> None:
         read_job("memory://folder/none.qx")
 
 
+def test_a_url_of_an_unknown_kind_is_refused_at_once() -> None:
+    pytest.importorskip("fsspec")
+    check_known("memory://folder/job.qx")
+    with pytest.raises(RequestError, match="of a kind that fsspec knows, got odd://"):
+        check_known("odd://folder/job.qx")
+
+
+@pytest.mark.parametrize("url", ["https://me:key@host/a/job.qx?token=secret", "s3://bucket/job.qx", "memory://job.qx"])
+def test_a_url_is_shown_without_its_secrets(url: str) -> None:
+    assert "secret" not in shown(url) and "key" not in shown(url)
+    assert base_name(url) == "job.qx"
+
+
 def test_a_url_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fsspec", None)
-    for call in (lambda: read_job("s3://user:secret@bucket/job.qx"), lambda: write_job("s3://b/job.qx", job_of())):
+    for call in (
+        lambda: read_job("s3://user:secret@bucket/job.qx"),
+        lambda: write_job("s3://b/job.qx", job_of()),
+        lambda: check_known("s3://b/job.qx"),
+    ):
         with pytest.raises(RequestError) as caught:
             call()
         assert "pip install" in str(caught.value.hint)
