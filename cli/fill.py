@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path, PurePath
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from click import ClickException
-from click.core import ParameterSource
 
 from ..engine.queue import SUFFIX, JobFolder, Ledger
 from ..errors import BatchError, Cancelled, CheckpointError, DeviceError, OutputError, QEngineError, RequestError
 from . import backend
 from .command import Command
-from .expand import looks_like_picture
-from .extract import SECTIONS, Wanted, wanted_of
 from .jobs import Job, read_jobs
 from .memory import memory_choice
 from .meter import PackMeter
-from .options import REQUEST
-from .order import check_files, device_choice, model_choice, seeds_of
+from .order import device_choice, model_choice
 from .progress import Talk
+from .tasks import Task, job_command, parse
 from .words import seconds_text
 
 if TYPE_CHECKING:
@@ -33,41 +27,10 @@ if TYPE_CHECKING:
 
 READING = "reading"
 """Folder inside the queue where read pictures wait for their prompts to be encoded."""
-PATHS = ("ref", "init_image")
-SHARED = frozenset(
-    {
-        flag.key
-        for title in ("Model", "Device", "Memory", "Kernels", "Output", "Words", "Many")
-        for flag in SECTIONS[title]
-    }
-    | {"vl_model", "vl_device", "vl_dtype", "vl_weights"}
-) - {"output"}
-"""What the models and the words are told: the same for all jobs."""
-SPOKEN = frozenset(flag.key for title in ("Output", "Words", "Many") for flag in SECTIONS[title])
-"""What changes no file."""
 STOPPING = (Cancelled, OutputError, CheckpointError, DeviceError)
 """What the next job would meet too."""
 
 Values = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Task:
-    """One file to make.
-
-    Attributes:
-        job: as it was written.
-        name: of the file, without suffix.
-        key: identity: everything that decides its content.
-        values: of its flags, over those of the command line.
-        wanted: what is read and encoded.
-    """
-
-    job: Job
-    name: str
-    key: str
-    values: Values
-    wanted: Wanted
 
 
 def fill(words: Sequence[str], values: Values, talk: Talk) -> int:
@@ -87,7 +50,7 @@ def fill(words: Sequence[str], values: Values, talk: Talk) -> int:
         )
     if values["report"] is not None:
         raise RequestError("--report must stand beside one job, got --jobs")
-    command = Command("job", lambda **_: 0, {**SECTIONS, "Pictures": _counted()})
+    command = job_command()
     jobs = read_jobs(source, command.flags)
     queue = JobFolder.make(Path(values["output"] or f"{source.stem}_queue"))
     start = time.perf_counter()
@@ -180,21 +143,10 @@ class Filler:
         return f"{', '.join(counts)}  {self._queue.root}: {self._queue.counts()['pending']} jobs wait"
 
     def _task(self, command: Command, job: Job, folder: Path) -> Task:
-        if job.error is not None:
-            raise job.error
-        values = {**self._values, **_given(command, job), "jobs": None, "resume": False, "output": None}
-        for name in PATHS:
-            values[name] = _against(folder, values.get(name))
-        wanted = wanted_of((), values)
-        seeds_of(values.get("seed"), values.get("count"))
-        pictures = [*wanted.pictures, *([Path(values["init_image"])] if values.get("init_image") else [])]
-        check_files(pictures)
-        for path in pictures:
-            backend.check_picture(path)
-        key = _identity(values, pictures)
-        name = self._names.get(key) or self._free(_stem(job, pictures))
-        self._names[key] = name
-        return Task(job, name, key, values, wanted)
+        asked = parse(command, job, folder, self._values)
+        name = self._names.get(asked.key) or self._free(asked.name)
+        self._names[asked.key] = name
+        return replace(asked, name=name)
 
     def _free(self, stem: str) -> str:
         taken = set(self._names.values())
@@ -218,7 +170,7 @@ class Filler:
 
         extractor = open_extractor(self._values)
         try:
-            self._each("read", tasks, read)
+            self._each("read", tasks, read, f"{extractor.source.folder.name} ({extractor.source.variant})")
         finally:
             extractor.unload()
         return done
@@ -254,9 +206,9 @@ class Filler:
                 self._write(task, job)
                 self._half(task).unlink(missing_ok=True)
 
-            self._each("encode", tasks, encode)
+            self._each("encode", tasks, encode, f"{engine.source.label} ({engine.source.variant})")
 
-    def _each(self, phase: str, tasks: Sequence[Task], work: Callable[[Task], None]) -> None:
+    def _each(self, phase: str, tasks: Sequence[Task], work: Callable[[Task], None], model: str) -> None:
         self._talk.display.start(phase, len(tasks))
         start = time.perf_counter()
         for number, task in enumerate(tasks, 1):
@@ -269,7 +221,7 @@ class Filler:
                 self._talk.display.start(phase, len(tasks))
                 continue
             self._talk.display.step(number, task.name)
-        self._talk.display.end(f"{len(tasks)} jobs  {seconds_text(time.perf_counter() - start)}")
+        self._talk.display.end(f"{len(tasks)} jobs by {model}  {seconds_text(time.perf_counter() - start)}")
 
     def _write(self, task: Task, job: JobFile) -> None:
         from ..engine.qx import write_job
@@ -300,62 +252,6 @@ class Filler:
         line = {"job": key, "state": "failed", "where": job.where, "error": error.message, "hint": error.hint}
         self._ledger.add(line)
         self.results.append(line)
-
-
-def _counted() -> tuple[Any, ...]:
-    return tuple(flag for flag in REQUEST if flag.key == "count")
-
-
-def _given(command: Command, job: Job) -> dict[str, Any]:
-    """What a job says itself.
-
-    Raises:
-        RequestError: a word is wrong, or is for the command line to say.
-    """
-    try:
-        context = command.make_context("job", list(job.words))
-    except ClickException as error:
-        raise RequestError(error.format_message()) from error
-    given = {
-        name: value
-        for name, value in context.params.items()
-        if context.get_parameter_source(name) is not ParameterSource.DEFAULT
-    }
-    shared = sorted(SHARED & given.keys())
-    if shared:
-        raise RequestError(
-            f"a job must leave {', '.join(shared)} to the command line, got its own",
-            hint="one extract reads with one model and encodes with one",
-        )
-    return given
-
-
-def _against(folder: Path, value: Any) -> Any:
-    """A path, or several, as seen from a folder."""
-    if isinstance(value, str):
-        return str(folder / value)
-    return tuple(str(folder / each) for each in value) if value else value
-
-
-def _stem(job: Job, pictures: Sequence[Path]) -> str:
-    """Name of a job's file: as it asks, else after its first picture, else its number.
-
-    Raises:
-        RequestError: it is no plain name.
-    """
-    if job.output is None:
-        return pictures[0].stem if pictures else f"job{job.number:04d}"
-    name = PurePath(job.output)
-    if name.name != job.output or job.output.startswith("."):
-        raise RequestError(f"a job's output must be a plain name, got {job.output!r}")
-    return name.stem if name.suffix.lower() == SUFFIX or looks_like_picture(job.output) else job.output
-
-
-def _identity(values: Values, pictures: Sequence[Path]) -> str:
-    """SHA-256 over what is asked and the contents of the pictures, wherever they lie."""
-    asked = {name: value for name, value in values.items() if name not in SPOKEN and name not in PATHS}
-    content = [asked, len(values["ref"]), [hashlib.sha256(path.read_bytes()).hexdigest() for path in pictures]]
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 @contextlib.contextmanager

@@ -144,6 +144,7 @@ class Renderer:
         self._packing = PackMeter(talk)
         self._engine: Engine | None = None
         self._passed: set[str] = set()
+        self._told: set[str] = set()
 
     def run(self, worker: Worker, *, watch: bool, sleep: Callable[[float], None] = time.sleep) -> None:
         """Do jobs until none waits and none is with another worker; with ``watch`` for ever.
@@ -227,7 +228,8 @@ class Renderer:
             self._result(piece, claim, "done")
             return
         self._sweep(files)
-        for note in made.notes:
+        for note in (note for note in made.notes if note not in self._told):
+            self._told.add(note)
             self._talk.warn(note)
         record = {"conditioning": {"file": claim.path.name, **made.record}}
         run_one(engine, self._order, Item(made.request, piece.target, record), self._talk, self._packing)
