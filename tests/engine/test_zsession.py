@@ -150,15 +150,20 @@ def test_S11_steps_count_network_evaluations(
 
 
 def test_S16_a_picture_of_any_size_comes_out_at_that_size(engine: Engine) -> None:
-    made = engine.generate("x", init_image=picture(1000, 777), strength=0.0)
+    made = engine.generate("x", init_image=picture(1000, 777), strength=1.0, num_inference_steps=1)
     assert made.image.size == (1000, 777) and made.latents.shape == (1, 16, 1, 98, 126)
     assert any("1000x777 is made as 1008x784" in note for note in made.notes)
+    encoded = engine.generate("x", init_image=picture(70, 45), strength=0.0)
+    assert encoded.image.size == (70, 45) and encoded.latents.shape == (1, 16, 1, 6, 10)
 
 
 def test_S16_floor16_rounds_both_sides_down(engine: Engine) -> None:
-    made = engine.generate("x", init_image=picture(1000, 777), strength=0.0, size_rule="floor16")
-    assert made.image.size == (992, 768) and made.latents.shape == (1, 16, 1, 96, 124)
-    assert any("floor16 rounds 1000x777 down" in note for note in made.notes)
+    job = resolve(GenerateRequest(prompt="x", init_image=picture(1000, 777), size_rule="floor16"), TURBO, 16)
+    assert (job.target.width, job.target.height) == (992, 768) == job.target.padded
+    assert job.target.grid == (96 // 2, 124 // 2)
+    assert any("floor16 rounds 1000x777 down" in note for note in job.notes)
+    made = engine.generate("x", init_image=picture(100, 77), strength=0.5, num_inference_steps=2, size_rule="floor16")
+    assert made.image.size == (96, 64) and made.latents.shape == (1, 16, 1, 8, 12)
     assert made.metadata["request"]["size_rule"] == "floor16"
     with pytest.raises(RequestError, match="at least 16x16 with floor16, got 80x9"):
         engine.generate("x", size=(80, 9), size_rule="floor16")
