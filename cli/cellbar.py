@@ -73,8 +73,8 @@ class _Phases(SilentDisplay):
         self._show(phase)
 
     def step(self, done: int, text: str) -> None:
-        """``denoise 3  0.21 s/step``."""
-        self._show(f"{self._phase} {done}  {text}")
+        """``denoise 3``: what else is known does not go into a line of 80."""
+        self._show(f"{self._phase} {done}")
 
     def amount(self, done: int, text: str) -> None:
         """``pack 1.2 GiB of 3.4 GiB``."""

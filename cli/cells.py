@@ -20,6 +20,7 @@ from .options import GENERATE_SECTIONS
 from .outputs import PICTURES, Target, check_picture_file, check_preview_folder, check_targets
 from .progress import Talk
 from .run import Item, open_engine, run_one
+from .steer import TEMPLATE
 
 if TYPE_CHECKING:
     from ..engine.qx import JobFile, Prepared
@@ -31,6 +32,7 @@ FORMAT = "qengine-sweep-1"
 DEFAULT_FOLDER = "sweep_out"
 GRID, RECORD, READ = "grid.png", "sweep.json", "sweep.qx"
 _NOT_REPEATED = {"output", "save_path", "resume", "json", "quiet", "verbose", "debug", "prompt"}
+_NOT_REPEATED |= {flag.key for flag in TEMPLATE}
 
 
 @dataclass(frozen=True)

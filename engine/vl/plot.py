@@ -94,10 +94,8 @@ def _against_reference(canvas: Canvas, figures: Figures, x: Scale) -> None:
         canvas.dots(places, y.at(measured.std[order]), POINTS)
         entries.append((POINTS, f"{measured.name} of the picture, before all ({measured.rows} rows)"))
     if reference is not None and reference.std is not None:
-        _reference_lines(canvas, figures, places, y, reference.std[order])
         entries.append((LINE, _reference_words(reference)))
-        entries.append((HIGH, f"{figures.threshold:g}x above"))
-        entries.append((LOW, f"{figures.threshold:g}x below"))
+        entries += _reference_lines(canvas, figures, places, y, reference.std[order])
     _mark(canvas, figures, places, y)
     _legend(canvas, entries, UPPER[0] - 14)
 
@@ -106,13 +104,19 @@ def _reference_words(reference: Spread) -> str:
     return f"{reference.name} ({reference.rows} rows)" if reference.rows else reference.name
 
 
-def _reference_lines(canvas: Canvas, figures: Figures, places: Array, y: Scale, std: Array) -> None:
-    """The reference, and the two lines beyond which a dimension is an outlier."""
+def _reference_lines(
+    canvas: Canvas, figures: Figures, places: Array, y: Scale, std: Array
+) -> list[tuple[tuple[int, int, int], str]]:
+    """The reference, and the two lines beyond which a dimension is an outlier; returns their legend."""
+    entries = []
     canvas.line(list(zip(places.tolist(), y.at(std).tolist(), strict=True)), LINE, 2)
-    for factor, colour in ((figures.threshold, HIGH), (1 / figures.threshold, LOW)):
+    for factor, colour, side in ((figures.threshold, HIGH, "above"), (1 / figures.threshold, LOW, "below")):
         inside = (std * factor > y.low) & (std * factor < y.high)
         points = list(zip(places[inside].tolist(), y.at(std[inside] * factor).tolist(), strict=True))
         canvas.dashes(_even(points), colour)
+        if points:
+            entries.append((colour, f"{figures.threshold:g}x {side}"))
+    return entries
 
 
 def _even(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

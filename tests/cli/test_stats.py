@@ -70,6 +70,17 @@ def test_V15_an_npz_holds_no_pickle_and_says_what_it_is_of(run: Run, folder: Pat
     assert about["ddof"] == 1 and about["layer"] == -2 and about["prompts"] == list(PROMPTS)
 
 
+def test_V15_a_whole_model_gives_the_numbers_of_its_encoder_alone(run: Run, folder: Path) -> None:
+    Path("prompts.txt").write_text("a cat\na red bicycle at night\n")
+    asked = ("--prompts", "prompts.txt", "--device", "cpu")
+    code, _, err = run("stats", str(shared_zimage()), *asked, "-o", "model.json")
+    assert code == 0 and "z-image-turbo" in err
+    assert run("stats", "--text-encoder", encoder(), *asked, "-o", "alone.json", "-q")[0] == 0
+    model, alone = read_statistics("model.json"), read_statistics("alone.json")
+    assert (model.layer, model.model, model.num_tokens) == (alone.layer, alone.model, alone.num_tokens)
+    assert torch.allclose(model.std, alone.std, rtol=1e-5) and torch.allclose(model.mean, alone.mean, atol=1e-5)
+
+
 def test_V15_prompts_come_from_stdin(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("a cat\n\na dog\n"))
     code, _, _ = run("stats", "--text-encoder", encoder(), "--prompts", "-", "-o", "s.json", "-q")

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 from PIL import Image
 from qengine.cli import backend, main
+from qengine.cli.app import root
 from qengine.cli.axes import numbers_of
+from qengine.cli.cells import command_of
 from qengine.engine.grid import layout
 from qengine.engine.request import GenerateRequest
 from qengine.engine.session import Engine
@@ -367,3 +370,13 @@ def test_numbers_are_read_with_spaces_and_commas() -> None:
     assert numbers_of("alphas", ("0", "0.3,0.5", ".7,")) == (0.0, 0.3, 0.5, 0.7)
     with pytest.raises(RequestError, match="--alphas must be numbers"):
         numbers_of("alphas", ("0..3",))
+
+
+def test_the_command_of_a_record_says_a_filled_template_as_the_prompt_that_it_is() -> None:
+    words = ["--template", "style", "--alphas", "0", "0.5", "--think", "--strengths", "0.5,1", "-m", "z", "-o", "out"]
+    command: Any = root().get_command(click.Context(root()), "generate")
+    said = command_of("a cat in oil", command.make_context("generate", words).params)
+    assert said == [
+        *("qengine", "generate", "--prompt=a cat in oil", "--alphas=0", "--alphas=0.5", "--strengths=0.5,1"),
+        *("--think", "--model=z"),
+    ]
