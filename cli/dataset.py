@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from .progress import Talk
 from .words import seconds_text
 
 if TYPE_CHECKING:
-    from ..engine.dataset import Cache, Dataset
+    from ..engine.dataset import Cache, Dataset, VaeAlone
     from ..engine.dataset.cache import Maker
     from ..engine.session import Engine
 
@@ -104,6 +105,10 @@ def _check(words: Sequence[str], values: Mapping[str, Any]) -> None:
 
 
 def _engine(values: Mapping[str, Any], talk: Talk) -> Any:
+    """The engine, or a VAE alone where musubi-tuner's command names no more; in ``with`` it is freed."""
+    files = [name for name in ("model", "dit", "vae", "text_encoder") if values[name] is not None]
+    if values["cache"] == "latents" and files == ["vae"]:
+        return contextlib.nullcontext(_vae(values, talk))
     from . import backend
     from .memory import memory_choice
     from .meter import PackMeter
@@ -116,7 +121,30 @@ def _engine(values: Mapping[str, Any], talk: Talk) -> Any:
     return backend.cancelling(open_engine(order, talk, PackMeter(talk)))
 
 
-def _maker(engine: Engine, dataset: Dataset, values: Mapping[str, Any]) -> Maker:
+def _vae(values: Mapping[str, Any], talk: Talk) -> VaeAlone:
+    from ..engine.dataset import VaeAlone
+    from .options import MEMORY, PACKED
+    from .order import device_choice
+
+    planned = [flag.key for flag in MEMORY + PACKED if values[flag.key] and flag.key not in ("vae_tile", "vae_weights")]
+    if planned:
+        given = ", ".join("--" + name.replace("_", "-") for name in planned)
+        raise RequestError(
+            f"{given} must come with a whole model, got --vae alone", hint="leave it out, or name a model"
+        )
+    said = values["model_version"] or ("edit" if values["edit"] or values["edit_plus"] else "")
+    made = VaeAlone.open(
+        Path(values["vae"]),
+        edits=said.startswith("edit"),
+        **device_choice(values),
+        vae_tile=values["vae_tile"],
+        weight_format=values["vae_weights"],
+    )
+    talk.say(f"{'open':<8} {values['vae']} ({made.source.variant}), {made.device}")
+    return made
+
+
+def _maker(engine: Engine | VaeAlone, dataset: Dataset, values: Mapping[str, Any]) -> Maker:
     from ..engine.dataset.cache import Maker
 
     names = ("weights", "fp8_scaled") if values["cache"] == "latents" else ("text_encoder_weights", "fp8_vl")

@@ -1,5 +1,6 @@
 """Datasets as musubi-tuner describes them, and the caches that it reads instead of encoding."""
 
+from .alone import VaeAlone
 from .cache import Cache, cache_items, stale_files
 from .config import Dataset, read_config
 from .items import Item, list_items
@@ -9,6 +10,7 @@ __all__ = [
     "Cache",
     "Dataset",
     "Item",
+    "VaeAlone",
     "bucket",
     "cache_items",
     "control_size",

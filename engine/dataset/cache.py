@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from safetensors import SafetensorError, safe_open
 
 from ...errors import Cancelled, CheckpointError, DeviceError, InputError, OutputError, QEngineError
+from ...loaders.variant import ZIMAGE
 from ..files import write_tensors
 from ..picture import Picture, load_picture
 from ..request import EditRequest, GenerateRequest
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..session import Engine
+    from .alone import VaeAlone
 
 Kind = Literal["latents", "text"]
 
@@ -60,18 +62,28 @@ class Maker:
     """Makes the cache files of a dataset with an engine.
 
     Attributes:
-        engine: opened.
+        engine: opened; a VAE is enough for latents.
         kind: ``latents`` or ``text``.
         dataset: where they go and at which sizes.
         keep: keep every file that is there, of whatever content.
         surroundings: what else decides the numbers: weight formats and the like.
+
+    Raises:
+        CheckpointError: the model is not of the Qwen-Image family, so that no trainer reads such caches of it.
     """
 
-    engine: Engine
+    engine: Engine | VaeAlone
     kind: Kind
     dataset: Dataset
     keep: bool = False
     surroundings: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        variant = self.engine.source.variant
+        if variant in ZIMAGE:
+            raise CheckpointError(
+                f"model must be of the Qwen-Image family to cache a dataset, got {variant}", hint="--model qwen-image"
+            )
 
     @property
     def edits(self) -> bool:

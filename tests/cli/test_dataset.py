@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from qengine.loaders.source import TINY
 from safetensors.torch import load_file
 from vlpipelines import picture
 
@@ -48,6 +49,16 @@ def test_M37_latents_are_cached_and_a_second_run_keeps_them(place: Path, run: Ru
     code, out, err = cache(run, "latents")
     assert code == 0 and out.split() == files[1:] and "0 made  1 kept" in err
     assert "left out" in err and "are removed: " in err and not Path(files[0]).exists()
+
+
+def test_M37_musubis_own_words_need_the_vae_alone(place: Path, run: Run) -> None:
+    words = ("extract", "--dataset_config", "set/dataset.toml", "--cache", "latents", "--vae", str(TINY / "vae"))
+    code, out, err = run(*words, "--edit_plus")
+    assert code == 0 and out.split() == [f"set/cache/{name}_0040x0036_qie.safetensors" for name in "ab"], err
+    code, out, err = run(*words)
+    assert code == 0 and out.split() == [f"set/cache/{name}_0040x0036_qi.safetensors" for name in "ab"], err
+    code, _, err = run(*words, "--vram", "8GiB")
+    assert code == 2 and "--vram must come with a whole model" in err
 
 
 def test_M38_captions_are_cached_and_the_batch_size_changes_nothing(place: Path, run: Run) -> None:

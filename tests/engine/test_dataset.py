@@ -11,12 +11,23 @@ import torch
 from PIL import Image
 from pipelines import shared_pipeline
 from qengine import EditRequest, Engine, GenerateRequest
-from qengine.engine.dataset import Dataset, bucket, cache_items, control_size, fit, list_items, read_config, stale_files
+from qengine.engine.dataset import (
+    Dataset,
+    VaeAlone,
+    bucket,
+    cache_items,
+    control_size,
+    fit,
+    list_items,
+    read_config,
+    stale_files,
+)
 from qengine.engine.dataset.cache import Maker
 from qengine.engine.picture import load_picture, to_tensor
 from qengine.engine.vae import ImageVAE
-from qengine.errors import InputError
+from qengine.errors import CheckpointError, InputError
 from safetensors import safe_open
+from zpipelines import shared_zimage
 
 SAMPLE = """
 # general configurations
@@ -213,6 +224,28 @@ def test_M37_cached_latents_are_those_of_the_encoder_and_so_are_the_controls(fol
             what = "latents" if number == 0 else f"latents_control_{number - 1}"
             size = f"1x{target[1] // 8}x{target[0] // 8}"
             assert torch.equal(found[f"{what}_{size}_float32"], latents)
+
+
+def test_M37_a_vae_alone_gives_the_same_latents(folder: Path, engine: Engine) -> None:
+    (dataset,) = read_config(write(folder, SMALL))
+    items, _ = list_items(dataset)
+    made = list(cache_items(Maker(engine, "latents", dataset), items))
+    known = [tensors(cache.path)[0] for cache in made if cache.path is not None]
+    alone = VaeAlone.open(shared_pipeline("edit-2509") / "vae", edits=True, device="cpu", dtype="auto")
+    again = list(cache_items(Maker(alone, "latents", dataset), items))
+    assert [cache.path for cache in again] == [cache.path for cache in made]
+    for cache, latents in zip(again, known, strict=True):
+        assert cache.path is not None and cache.state == "made"
+        found = tensors(cache.path)[0]
+        assert found.keys() == latents.keys() and all(torch.equal(found[name], latents[name]) for name in found)
+    (failed, _) = cache_items(Maker(alone, "text", dataset), items)
+    assert failed.error is not None and "by a text encoder" in failed.error.message
+
+
+def test_only_models_of_the_qwen_image_family_are_cached_for(folder: Path) -> None:
+    (dataset,) = read_config(write(folder, SMALL))
+    with Engine.open(shared_zimage(), device="cpu") as other, pytest.raises(CheckpointError, match="Qwen-Image family"):
+        Maker(other, "latents", dataset)
 
 
 @pytest.mark.parametrize("kind", ["edit-2509", "qwen-image"])
