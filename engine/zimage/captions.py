@@ -10,7 +10,7 @@ from torch import nn
 
 from ...errors import RequestError
 from ...loaders.checkpoint import Checkpoint
-from ..dit.kernels import DEFINITIONS, Kernels
+from ..dit.kernels import DEFINITIONS, SAFE, Kernels
 from ..mover import Placement, Tape
 from ..stack import BlockStack, CheckpointSource
 from .block import Scale, ZImageBlock
@@ -58,11 +58,12 @@ class CaptionRefiner:
         self._known: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.runs = 0
 
-    def run(self, prompts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def run(self, prompts: Sequence[torch.Tensor], *, safe: bool = False) -> list[torch.Tensor]:
         """Caption tokens of each prompt.
 
         Args:
             prompts: prompt embeddings, [tokens, cap_feat_dim] each.
+            safe: every op runs as it is defined, and the result is not kept.
 
         Returns:
             One tensor [1, padded tokens, dim] per prompt.
@@ -72,8 +73,12 @@ class CaptionRefiner:
         """
         for prompt in prompts:
             _check(prompt, self._config)
+        if safe:
+            return self._refine(prompts, SAFE)
         if any(self._recall(prompt) is None for prompt in prompts):
-            self._known = list(zip([prompt.cpu() for prompt in prompts], self._refine(prompts), strict=True))
+            self._known = list(
+                zip([prompt.cpu() for prompt in prompts], self._refine(prompts, self._kernels), strict=True)
+            )
         return [caption for caption in map(self._recall, prompts) if caption is not None]
 
     def _recall(self, prompt: torch.Tensor) -> torch.Tensor | None:
@@ -83,7 +88,7 @@ class CaptionRefiner:
                 return caption
         return None
 
-    def _refine(self, prompts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def _refine(self, prompts: Sequence[torch.Tensor], kernels: Kernels) -> list[torch.Tensor]:
         self.runs += 1
         states = self._embed(prompts)
         rotations = [caption_rotations(len(prompt), self._config).to(self._device) for prompt in prompts]
@@ -100,7 +105,7 @@ class CaptionRefiner:
             for _, views in visits:
                 bound = stack.template.bind(views)
                 states = [
-                    bound(state, None, rotation, None, self._kernels)
+                    bound(state, None, rotation, None, kernels)
                     for state, rotation in zip(states, rotations, strict=True)
                 ]
         return states

@@ -37,13 +37,17 @@ class ZImageNetwork:
     Attributes:
         schedule: noise levels.
         guidance: how the velocities of both prompts become one.
-        contexts: the prompt, and the negative prompt where guidance is on.
+        prompts: embeddings of the prompt, and of the negative prompt where guidance is on.
+        grid: token rows and columns of the picture.
+        contexts: the prompts as the blocks see them.
         table: modulation rows of the steps that are run.
         dtype: compute dtype.
     """
 
     schedule: Schedule
     guidance: Guidance
+    prompts: tuple[torch.Tensor, ...]
+    grid: tuple[int, int]
     contexts: tuple[Context, ...]
     table: RowTable
     dtype: torch.dtype
@@ -60,9 +64,10 @@ class ZImageNetwork:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See :class:`engine.family.Network`."""
         timestep = self.schedule.timestep(index, self.dtype)
+        contexts = self._mended(transformer) if safe else self.contexts
         velocities = transformer.velocity(
             latents.to(self.dtype),
-            self.contexts if self.guidance.is_on(timestep) else self.contexts[:1],
+            contexts if self.guidance.is_on(timestep) else contexts[:1],
             self.table,
             timestep,
             more=index + 1 < len(self.schedule),
@@ -70,6 +75,12 @@ class ZImageNetwork:
             check=check,
         )
         return latents, self.guidance.combine(velocities)
+
+    def _mended(self, transformer: ZImageTransformer) -> tuple[Context, ...]:
+        """The contexts, made anew as they are defined where one of them is not finite."""
+        if all(bool(context.caption.isfinite().all()) for context in self.contexts):
+            return self.contexts
+        return transformer.contexts(self.prompts, *self.grid, safe=True)
 
 
 class ZImageFamily:
@@ -139,10 +150,12 @@ class ZImageFamily:
     ) -> ZImageNetwork:
         """Refine the captions and compute the modulation rows."""
         known = conditionings[()]
-        prompts = [known.prompt_embeds, *([] if known.negative_embeds is None else [known.negative_embeds])]
+        prompts = (known.prompt_embeds, *(() if known.negative_embeds is None else (known.negative_embeds,)))
         return ZImageNetwork(
             schedule=schedule,
             guidance=Guidance(job.guidance_scale or 0.0, job.cfg_normalization, job.cfg_truncation),
+            prompts=prompts,
+            grid=job.target.grid,
             contexts=transformer.contexts(prompts, *job.target.grid),
             table=transformer.table([schedule.timestep(i, dtype) for i in range(job.start, len(schedule))]),
             dtype=dtype,

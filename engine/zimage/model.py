@@ -169,13 +169,16 @@ class ZImageTransformer:
         """Modulation rows for the timesteps of a run."""
         return self._rows.table(timesteps, dtype=self._parameter.dtype)
 
-    def contexts(self, prompts: Sequence[torch.Tensor], rows: int, columns: int) -> tuple[Context, ...]:
+    def contexts(
+        self, prompts: Sequence[torch.Tensor], rows: int, columns: int, *, safe: bool = False
+    ) -> tuple[Context, ...]:
         """Prompts as the blocks see them; done once per run, since none of it depends on the timestep.
 
         Args:
             prompts: prompt embeddings [tokens, cap_feat_dim]; the negative prompt's are the second.
             rows: of image tokens.
             columns: of image tokens.
+            safe: every op runs as it is defined.
 
         Raises:
             RequestError: a caption is too long, empty or of another width, or the picture is too large.
@@ -187,7 +190,7 @@ class ZImageTransformer:
                 hint="ask for a smaller picture",
             )
         made = []
-        for prompt, caption in zip(prompts, self.captions.run(prompts), strict=True):
+        for prompt, caption in zip(prompts, self.captions.run(prompts, safe=safe), strict=True):
             tokens = len(prompt)
             rotations = torch.cat(
                 [image_rotations(rows, columns, tokens, self.config), caption_rotations(tokens, self.config)]

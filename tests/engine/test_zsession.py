@@ -15,8 +15,10 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from qengine import Decoded, EditRequest, Encoded, Engine, GenerateRequest, RunState, Step
 from qengine.engine.defaults import DEFAULTS
+from qengine.engine.dit.kernels import SAFE
 from qengine.engine.resolve import resolve
 from qengine.engine.zimage import ZImageTransformer
+from qengine.engine.zimage.captions import CaptionRefiner
 from qengine.errors import Cancelled, KernelError, RequestError
 from zpipelines import reference_img2img, reference_zimage, shared_zimage
 
@@ -291,3 +293,23 @@ def test_a_step_that_is_not_finite_is_done_again_in_the_definitions(
     spoil(monkeypatch, always=True)
     with pytest.raises(KernelError, match="velocity of step 1 of 2 must be finite"):
         last(engine, small())
+
+
+def test_captions_that_are_not_finite_are_refined_again_in_the_definitions(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = small(prompt="a caption of its own")
+    refine = CaptionRefiner._refine
+    asked = []
+
+    def spoiled(self: CaptionRefiner, prompts: Any, kernels: Any) -> list[torch.Tensor]:
+        asked.append(kernels)
+        made = refine(self, prompts, kernels)
+        return made if kernels is SAFE else [each * float("nan") for each in made]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CaptionRefiner, "_refine", spoiled)
+        made = last(engine, request)
+    assert [kernels is SAFE for kernels in asked] == [False, True, True]
+    engine.release()
+    torch.testing.assert_close(made.latents, last(engine, request).latents, atol=1e-5, rtol=1e-5)
