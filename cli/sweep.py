@@ -197,6 +197,11 @@ def _alphas(values: Mapping[str, Any], job: JobFile, read: bool) -> tuple[float 
 
 def _check_width(width: int, engine: Engine) -> None:
     wanted = engine.source.transformer.config.get("cap_feat_dim")
+    if wanted is None:
+        raise CheckpointError(
+            f"pictures must be read for Z-Image, which takes their hidden states, got {engine.source.variant}",
+            hint="qengine edit shows pictures to an edit model",
+        )
     if wanted != width:
         raise CheckpointError(
             f"what reads the pictures must have the width that the transformer takes, {wanted}, got {width}",

@@ -339,6 +339,7 @@ def test_S24_another_width_is_refused_before_a_picture_is_read(
         (("--alphas", "0", "1", "--output-type", "latents"), 2, "a sweep must write pictures"),
         (("--alphas", "0", "1", "--count", "2"), 2, "a sweep must have one seed"),
         (("--alphas", "0", "1", "-o", "mine.txt"), 3, "must go into a folder"),
+        (("--model", "tiny"), 4, "pictures must be read for Z-Image"),
         (("--vl-model", "nothing"), 4, "Qwen3-VL must be a folder"),
         (("--normalization-mode", "per_dim"), 2, "must have reference statistics"),
     ],
