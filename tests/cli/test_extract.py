@@ -103,7 +103,7 @@ def test_V37_generate_from_a_file_is_the_run_in_one_process(
     assert (code, out) == (0, "out.png\n"), err
     assert np.array_equal(pixels("out.png"), np.asarray(decoded.image))
     assert err.count(EXPERIMENTAL) == 1
-    assert "note: blended: " in err
+    assert "blend    blended: " in err
 
     said = read_metadata("out.png")["conditioning"]
     assert said["file"] == "job.qx"

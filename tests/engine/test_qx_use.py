@@ -24,7 +24,7 @@ from vlpipelines import picture, shared
 from zpipelines import build_zimage
 
 PROMPT = "Homer Simpson"
-FIELDS: dict[str, Any] = {"size": (48, 32), "num_inference_steps": 2, "seed": 3}
+FIELDS: dict[str, Any] = {"size": (48, 32), "num_inference_steps": 1, "seed": 3}
 ALL = tuple(range(-6, 0))
 
 
@@ -74,7 +74,7 @@ def test_V37_a_file_and_knobs_are_one_process_bit_by_bit(
     knobs = Knobs(**{name: value for name, value in said.items() if name in fields})
     blend = BlendKnobs(**{name: value for name, value in said.items() if name not in fields})
     rows, _ = blended(raw_of(1, ALL), knobs, blend, text, tmp_path / "stats.safetensors")
-    expected = pixels(engine, GenerateRequest(prompt=PROMPT, given=Given(rows), **FIELDS))
+    expected = GenerateRequest(prompt=PROMPT, given=Given(rows), **FIELDS)
 
     monkeypatch.setattr("qengine.loaders.vl.open_vl", None)
     monkeypatch.setattr("qengine.engine.vl.extractor.open_vl", None)
@@ -83,7 +83,9 @@ def test_V37_a_file_and_knobs_are_one_process_bit_by_bit(
     )
     assert request.given is not None
     assert torch.equal(request.given.tensors["prompt_embeds"], rows)
-    assert torch.equal(pixels(engine, request), expected)
+    assert request.given.key == expected.given.key and replace(request, given=expected.given) == expected
+    if "hidden_layer" in said:
+        assert torch.equal(pixels(engine, request), pixels(engine, expected))
 
 
 def test_V22_alpha_0_is_the_prompt_alone_and_other_pictures_change_the_result(engine: Engine, job: JobFile) -> None:
@@ -186,7 +188,7 @@ def test_an_edit_from_a_file_is_the_edit_bit_by_bit(tmp_path: Path, monkeypatch:
     defaults = DEFAULTS["qwen-image-edit-2511"]
     small = replace(defaults, area_pixels=4096, condition_area_pixels=4096, reference_area_pixels=4096)
     monkeypatch.setitem(DEFAULTS, "qwen-image-edit-2511", small)
-    images = tuple(tmp_path / f"{number}.png" for number in range(2))
+    images = (tmp_path / "0.png",)
     for number, path in enumerate(images):
         picture(64, 48 + 16 * number, number).save(path)
     request = EditRequest(images=images, prompt="make it night", num_inference_steps=1, seed=4)
@@ -196,7 +198,7 @@ def test_an_edit_from_a_file_is_the_edit_bit_by_bit(tmp_path: Path, monkeypatch:
     for path in images:
         path.unlink()
     job = read_job(tmp_path / "edit.qx")
-    assert [seen.width for seen in job.pictures] == [64, 64] and job.given.negative_embeds is not None
+    assert [seen.width for seen in job.pictures] == [64] and job.given.negative_embeds is not None
     with Engine.open(shared_pipeline("edit-2511"), device="cpu", cache_dir=tmp_path / "there") as there:
         assert np.array_equal(pixels(there, request_of(job, {"seed": 4}, there)), expected)
         again = request_of(job, {"seed": 4, "prompt": "make it night", "negative_prompt": " "}, there)
