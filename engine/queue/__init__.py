@@ -6,7 +6,8 @@ A job is a file; its state is the folder that it lies in, and every change of st
                     <-                           ->  failed/NAME.qx, with NAME.txt that says why
 
 What a dead worker held goes back to ``pending``: on its own machine when the system has let go of its lock, elsewhere
-when its heartbeat has stood still for as long as the lease.
+when its heartbeat has stood still for as long as the lease. Jobs that failed before, or that a worker died at, are
+claimed after all others, so that none keeps the rest from being done.
 """
 
 from .folder import SUFFIX, JobFolder

@@ -9,6 +9,7 @@ from pathlib import Path
 from ...errors import InputError, OutputError
 
 SUFFIX = ".qx"
+TOLD = ".txt"
 STATES = ("pending", "claimed", "done", "failed")
 
 
@@ -23,7 +24,7 @@ class JobFolder:
         pending: jobs that wait.
         claimed: a folder per worker with the job it is at.
         done: jobs whose results are written.
-        failed: jobs that were given up, each with a text that says why.
+        failed: jobs that were given up, and texts that say why, of jobs that are tried again too.
         workers: who is alive.
     """
 
@@ -67,6 +68,10 @@ class JobFolder:
     def waiting(self) -> list[str]:
         """Names of the jobs that wait, without suffix, in their order."""
         return sorted(_jobs(self.pending))
+
+    def tried(self) -> set[str]:
+        """Names of jobs of which something is told: they failed, or their worker died."""
+        return {name.removesuffix(TOLD) for name in _entries(self.failed) if name.endswith(TOLD)}
 
     def taken(self) -> Iterator[tuple[str, str]]:
         """(worker, job) of all claims."""

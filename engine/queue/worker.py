@@ -19,11 +19,13 @@ from filelock import FileLock, SoftFileLock, Timeout
 
 from ...errors import OutputError
 from ..whole import write_whole
-from .folder import SUFFIX, JobFolder
+from .folder import SUFFIX, TOLD, JobFolder
 
 LEASE_SECONDS = 60.0
 BEATS_PER_LEASE = 4
 ATTEMPTS = 3
+DEATHS = 10
+_DIED = "its worker died"
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,8 @@ class Worker:
     def claim(self, passed: Container[str] = ()) -> Claim | None:
         """The first job that waits, now held by this worker; None where none does.
 
+        Jobs that failed, or whose worker died, come after all others, so that none of them keeps a queue from moving.
+
         Args:
             passed: names of jobs that are left to others.
 
@@ -118,7 +122,8 @@ class Worker:
             raise OutputError(f"the queue must stay writable, got: {self._silent}")
         self.recover()
         self._folder.mkdir(parents=True, exist_ok=True)
-        for name in self.queue.waiting():
+        tried = self.queue.tried()
+        for name in sorted(self.queue.waiting(), key=lambda each: (each in tried, each)):
             if name in passed:
                 continue
             path = self._folder / (name + SUFFIX)
@@ -141,7 +146,7 @@ class Worker:
         moved = _move(claim.path, self.queue.done)
         if moved:
             with contextlib.suppress(OSError):
-                self._reasons(claim).unlink(missing_ok=True)
+                self._reasons(claim.name).unlink(missing_ok=True)
         return moved
 
     def fail(self, claim: Claim, reason: str, *, final: bool) -> bool:
@@ -160,23 +165,22 @@ class Worker:
         """
         if not claim.held:
             return False
-        path = self._reasons(claim)
-        told = path.read_text("utf-8") if path.is_file() else ""
-        line = " ".join(f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {self.name}: {reason}".split())
-        text = f"{told}{line}\n"
-        write_whole(path, lambda temporary: _write(temporary, text))
-        final = final or len(text.splitlines()) >= ATTEMPTS
+        lines = self._write_down(claim.name, reason)
+        final = final or sum(not line.endswith(_DIED) for line in lines) >= ATTEMPTS
         _move(claim.path, self.queue.failed if final else self.queue.pending)
         return final
 
     def recover(self) -> list[str]:
-        """Put back what dead workers held; returns the names of the jobs."""
+        """Put back what dead workers held; returns the names of the jobs.
+
+        A job whose workers died ten times is given up: it may be what they die of.
+        """
         back = []
         for folder in sorted(self.queue.claimed.glob("*")):
             if folder.name == self.name or folder.name.startswith("."):
                 continue
             if self._is_gone(folder.name):
-                back += self._return(folder.name)
+                back += self._return(folder.name, died=True)
         return back
 
     def others(self) -> int:
@@ -201,14 +205,26 @@ class Worker:
         wait = max(self._lease, lease) if isinstance(lease, int | float) else self._lease
         return self._clock() - known.since > wait
 
-    def _return(self, other: str) -> list[str]:
-        folder = self.queue.claimed / other
-        names = sorted(path.stem for path in folder.glob(f"*{SUFFIX}"))
-        back = [name for name in names if _move(folder / (name + SUFFIX), self.queue.pending)]
+    def _return(self, other: str, *, died: bool = False) -> list[str]:
+        folder, back = self.queue.claimed / other, []
+        for path in sorted(folder.glob(f"*{SUFFIX}")):
+            lines = self._write_down(path.stem, _DIED) if died else []
+            hopeless = sum(line.endswith(_DIED) for line in lines) >= DEATHS
+            if _move(path, self.queue.failed if hopeless else self.queue.pending):
+                back.append(path.stem)
         # A worker that only slept goes on under its name, so its files in workers/ stay.
         with contextlib.suppress(OSError):
             folder.rmdir()
         return back
+
+    def _write_down(self, name: str, reason: str) -> list[str]:
+        """Add to what is told of a job; returns all lines."""
+        path = self._reasons(name)
+        told = path.read_text("utf-8").splitlines() if path.is_file() else []
+        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        lines = [*told, " ".join(f"{when} {self.name}: {reason}".split())]
+        write_whole(path, lambda temporary: _write(temporary, "".join(f"{line}\n" for line in lines)))
+        return lines
 
     def _live(self) -> None:
         while not self._stop.wait(self._lease / BEATS_PER_LEASE):
@@ -226,8 +242,8 @@ class Worker:
     def _pulse_file(self, worker: str) -> Path:
         return self.queue.workers / f"{worker}.json"
 
-    def _reasons(self, claim: Claim) -> Path:
-        return self.queue.failed / f"{claim.name}.txt"
+    def _reasons(self, name: str) -> Path:
+        return self.queue.failed / (name + TOLD)
 
 
 def _move(path: Path, folder: Path) -> bool:

@@ -99,7 +99,7 @@ def test_what_stops_the_worker_gives_the_job_back(fake, run, monkeypatch: pytest
     assert run("render", "queue", "-o", "out")[0] == 3 and queue.waiting() == ["a", "b"]
     fake.error = RuntimeError("unforeseen")
     assert run("render", "queue", "-o", "out")[0] == 1 and queue.waiting() == ["a", "b"]
-    assert "unforeseen" in (queue.failed / "a.txt").read_text()
+    assert "unforeseen" in (queue.failed / "b.txt").read_text(), "a had failed, so b came first"
     fake.error = KeyboardInterrupt()
     assert run("render", "queue", "-o", "out")[0] == 130 and queue.waiting() == ["a", "b"]
     assert fake.cancelled

@@ -113,6 +113,8 @@ def test_a_worker_without_a_word_about_itself_has_the_lease_too(queue: JobFolder
 
 
 def test_a_job_that_fails_three_times_is_given_up_and_its_text_says_why(queue: JobFolder) -> None:
+    for name in ("b", "c"):
+        (queue.pending / f"{name}.qx").unlink()
     with Worker(queue) as worker:
         for attempt in (1, 2, 3):
             claim = worker.claim()
@@ -120,17 +122,38 @@ def test_a_job_that_fails_three_times_is_given_up_and_its_text_says_why(queue: J
             assert worker.fail(claim, f"it must work,\ngot attempt {attempt}", final=False) is (attempt == 3)
         lines = (queue.failed / "a.txt").read_text().splitlines()
         assert [line.split(": ")[1] for line in lines] == [f"it must work, got attempt {n}" for n in (1, 2, 3)]
-        assert (queue.failed / "a.qx").read_text() == "a" and queue.waiting() == ["b", "c"]
+        assert (queue.failed / "a.qx").read_text() == "a" and queue.waiting() == []
+        (queue.pending / "b.qx").write_text("b")
         claim = worker.claim()
-        assert claim is not None and worker.fail(claim, "bad file", final=True) and queue.waiting() == ["c"]
+        assert claim is not None and worker.fail(claim, "bad file", final=True) and queue.waiting() == []
+
+
+def test_a_job_whose_workers_die_ten_times_is_given_up_and_lets_others_go_first(queue: JobFolder) -> None:
+    with Worker(queue) as worker:
+        for deaths in range(1, 11):
+            dead = Worker(queue)
+            dead.__enter__()
+            (dead.queue.claimed / dead.name).mkdir()
+            (queue.pending / "a.qx").rename(dead.queue.claimed / dead.name / "a.qx")
+            dead._lock.release()  # as the system does when the process is killed
+            assert worker.recover() == ["a"] and ("a" in queue.waiting()) is (deaths < 10)
+            dead.__exit__()
+            if deaths == 1:
+                claim = worker.claim()
+                assert claim is not None and claim.name == "b" and worker.give_back(claim)
+        assert (queue.failed / "a.qx").exists() and queue.waiting() == ["b", "c"]
+        assert (queue.failed / "a.txt").read_text().count("its worker died") == 10
 
 
 def test_a_job_that_is_done_after_all_leaves_no_text_of_failure(queue: JobFolder) -> None:
     with Worker(queue) as worker:
         claim = worker.claim()
         assert claim is not None and not worker.fail(claim, "once", final=False)
-        claim = worker.claim()
-        assert claim is not None and claim.name == "a" and worker.finish(claim)
+        names = []
+        while (claim := worker.claim()) is not None:
+            names.append(claim.name)
+            assert worker.finish(claim)
+        assert names == ["b", "c", "a"], "a job that failed comes after the others"
     assert not list(queue.failed.iterdir())
 
 
