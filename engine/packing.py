@@ -13,11 +13,10 @@ from ..errors import RequestError
 from ..kernels.quant import quantise_rows
 from ..loaders import ModelSource
 from ..loaders.quanto import write_quanto
-from .components import default_cache
-from .dit import QwenImageTransformer
-from .encoder.prompt import PromptEncoder
+from .families import family_of
 from .formats import QUANTISED
-from .stack import BlockStack, pack, packed_path
+from .places import default_cache
+from .stack import NO_KERNELS, BlockStack, Hold, pack, packed_path
 from .stack.pack import Progress, check_room, quantised
 
 COMPONENTS = ("transformer", "text_encoder")
@@ -38,9 +37,14 @@ def stack_of(source: ModelSource, component: str, weight_format: str, dtype: tor
     """
     if component not in COMPONENTS:
         raise RequestError(f"component must be one of {', '.join(COMPONENTS)}, got {component!r}")
+    family = family_of(source)
     if component == "transformer":
-        return QwenImageTransformer.stack(source.transformer, weight_format, dtype)
-    return PromptEncoder(source, torch.device("cpu"), dtype).stack(weight_format)
+        return family.stack(source.transformer, weight_format, dtype, NO_KERNELS)
+    cpu, hold = torch.device("cpu"), Hold(weight_format)
+    encoder = family.open_encoder(
+        source, cpu, dtype, hold, default_cache(), alone=False, progress=lambda done, total: None
+    )
+    return encoder.stack(weight_format)
 
 
 def pack_component(
