@@ -42,7 +42,8 @@ INFO_HELP = (
 )
 PLAN_HELP = (
     "Say what a run would take, before anything is loaded.\n\nqengine plan MODEL --ref photo.jpg --vram 12GiB "
-    "--ram 32GiB\n\nReads headers only: sizes of all components, where each block would lie, the peaks of every phase, "
+    "--ram 32GiB\n\nqengine plan --extractor QWEN3VL --vram 8GiB\n\n"
+    "Reads headers only: sizes of all components, where each block would lie, the peaks of every phase, "
     "and the command that asks for it. Exit code 5 where it does not fit, with what would."
 )
 PACK_HELP = (

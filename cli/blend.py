@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
 from .flag import Flag
+from .memory import budget_of
 
 if TYPE_CHECKING:
     from ..engine.vl import BlendKnobs, Knobs, Recipe, VLEmbeddingExtractor
@@ -258,12 +259,13 @@ def open_extractor(values: Mapping[str, Any]) -> VLEmbeddingExtractor:
 
     if values["vl_model"] is None:
         raise RequestError("a model that reads pictures must be named, got none", hint="--vl-model DIR of a Qwen3-VL")
-    return VLEmbeddingExtractor.from_pretrained(
-        values["vl_model"],
-        pick_device(values["vl_device"] or "auto"),
-        values["vl_dtype"] or "auto",
-        weight_format=values["vl_weights"],
-    )
+    place, dtype = pick_device(values["vl_device"] or "auto"), values["vl_dtype"] or "auto"
+    if values.get("vram") or values.get("ram") or values.get("offload"):
+        from ..engine.vl.memory import open_planned
+
+        held = {"weight_format": values["vl_weights"] or "bf16", "offload": values.get("offload") or "auto"}
+        return open_planned(values["vl_model"], place, dtype, budget=budget_of(values), **held)
+    return VLEmbeddingExtractor.from_pretrained(values["vl_model"], place, dtype, weight_format=values["vl_weights"])
 
 
 def _preset(values: Mapping[str, Any]) -> dict[str, Any]:

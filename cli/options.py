@@ -244,6 +244,17 @@ HYPOTHETICAL = (
         "there is no card.",
     ),
 )
+EXTRACTOR = (
+    Flag(
+        name="--extractor",
+        also=("--vl-model", "--vl_model"),
+        metavar="DIR",
+        help="Plan reading pictures by a Qwen3-VL folder, in place of a run; name the pictures with --ref.",
+    ),
+    *(flag for flag in VL if flag.key in ("vl_device", "vl_dtype", "vl_weights", "text", "system_prompt")),
+    *(flag for flag in VL if flag.key == "mask_tokens"),
+    *(flag for flag in KNOBS if flag.key == "hidden_layer"),
+)
 EXPLAIN = (Flag(name="--explain", kind="switch", help="Say of every kernel why the preferred ones are not used."),)
 
 OUTPUT = (
@@ -340,6 +351,8 @@ PLAN_SECTIONS = {
     "Memory": MEMORY + HYPOTHETICAL,
     "Kernels": KERNELS + EXPLAIN,
     "Request": tuple(flag for flag in REQUEST if flag.key not in ("seed", "count")),
+    "Starting": START,
+    "Extractor": EXTRACTOR,
     "Model": tuple(flag for flag in MODEL if flag.key != "model") + VARIANT,
     "Device": DEVICE,
     "Words": TALK,

@@ -12,11 +12,16 @@ from ..errors import DeviceError, InputError, RequestError
 from . import backend, machine
 from .memory import budget_of, choices_of
 from .order import SINGLE_FILES, check_files, device_choice, model_choice, request_fields
+from .zimage import starting
 
 if TYPE_CHECKING:
     from ..engine.plan import Budget, DeviceFacts, JobFacts
     from ..loaders.source import ModelSource
 
+STARTING = (
+    *("init_image", "strength", "guidance_scale"),
+    *("schedule", "cfg_normalization", "cfg_truncation", "size_rule"),
+)
 HYPOTHETICAL_ARCHITECTURE = 86
 HYPOTHETICAL_VRAM_BYTES = 1 << 50
 CONTEXT_BYTES = 500 << 20
@@ -33,6 +38,10 @@ def show(words: Sequence[str], values: Mapping[str, Any]) -> int:
     from ..engine.plan import ModelFacts, make_plan
     from ..engine.plan.words import as_json, as_text
 
+    if values["extractor"] is not None:
+        from .plan_extractor import show as show_extractor
+
+        return show_extractor(words, values)
     budget, choices = budget_of(values), choices_of(values)
     source = backend.open_source(**model_choice({**values, "model": _model(words, values)}))
     backend.defaults_of(source)
@@ -126,10 +135,14 @@ def _job(source: ModelSource, multiple: int, values: Mapping[str, Any]) -> JobFa
 
     pictures = [Path(name) for name in values["ref"]]
     check_files(pictures)
-    fields = {"prompt": values["prompt"], **request_fields(values)}
+    fields = {"prompt": values["prompt"], **request_fields(values), **starting(values)}
+    init, defaults = fields.get("init_image"), backend.defaults_of(source)
+    if init is not None:
+        check_files([init])
+        fields["init_size"] = size_of(init)
     return foresee(
-        backend.defaults_of(source),
-        [_size_of(path) for path in pictures],
+        defaults,
+        [size_of(path) for path in pictures],
         fields,
         source.processor_config,
         multiple=multiple,
@@ -138,7 +151,7 @@ def _job(source: ModelSource, multiple: int, values: Mapping[str, Any]) -> JobFa
     )
 
 
-def _size_of(path: Path) -> tuple[int, int]:
+def size_of(path: Path) -> tuple[int, int]:
     """(width, height) of a picture as it is shown, from its header."""
     from PIL import Image
 
@@ -159,10 +172,10 @@ def _words(source: ModelSource, pictures: Sequence[Path], values: Mapping[str, A
     prompt = values["prompt"] or ("a red bicycle" if makes else "make it night")
     words = ["generate"] if makes else ["edit", *(map(str, pictures) if pictures else ["photo.jpg"])]
     words.append(prompt)
-    flags = {"size": "--size", "steps": "--steps", "true_cfg_scale": "--true-cfg-scale", "dtype": "--dtype"}
-    for key, flag in flags.items():
+    for key in ("size", "steps", "true_cfg_scale", "dtype", *STARTING):
         if values[key] is not None:
-            words += [flag, f"{values[key]:g}" if isinstance(values[key], float) else str(values[key])]
+            said = values[key]
+            words += ["--" + key.replace("_", "-"), f"{said:g}" if isinstance(said, float) else str(said)]
     if values["negative_prompt"] is not None:
         words += ["--negative-prompt", values["negative_prompt"]]
     if values["image_size"] is not None:

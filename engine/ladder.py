@@ -7,17 +7,28 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from ..errors import MemoryLadderError, PlanError, RequestError
 from .ceiling import Ceiling, is_out_of_memory
-from .components import Components
 from .plan import Budget, Choices, JobFacts, ModelFacts, Plan, make_plan
 
 RETRIES = 3
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
+
+
+class Shrinking(Protocol):
+    """What holds weights and can hold fewer."""
+
+    def shrink(self, phase: str) -> str:
+        """Make room after an out-of-memory error, and say what was done."""
+        ...
+
+    def release(self) -> None:
+        """Free all weights."""
+        ...
 
 
 class Ladder:
@@ -34,7 +45,7 @@ class Ladder:
         notes: what was told, in order: one sentence per retry, and what steps said of themselves.
     """
 
-    def __init__(self, components: Components, ceiling: Ceiling) -> None:
+    def __init__(self, components: Shrinking, ceiling: Ceiling) -> None:
         self._components = components
         self._ceiling = ceiling
         self.notes: list[str] = []

@@ -2,12 +2,14 @@
 
 from .budget import Budget, Choices, parse_size, size_text
 from .choose import Ceilings
+from .extractor import ExtractorPlan, plan_extraction
 from .facts import DeviceFacts
 from .jobs import JobFacts, foresee
 from .make import Plan, make_plan
 from .model import ModelFacts
 from .phases import PhasePlan
 from .placement import Blocks
+from .vl import Extraction, ExtractorFacts
 
 __all__ = [
     "Blocks",
@@ -15,6 +17,9 @@ __all__ = [
     "Ceilings",
     "Choices",
     "DeviceFacts",
+    "Extraction",
+    "ExtractorFacts",
+    "ExtractorPlan",
     "JobFacts",
     "ModelFacts",
     "PhasePlan",
@@ -22,5 +27,6 @@ __all__ = [
     "foresee",
     "make_plan",
     "parse_size",
+    "plan_extraction",
     "size_text",
 ]

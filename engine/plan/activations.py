@@ -199,6 +199,13 @@ def decoder_bytes(model: Decoder, job: JobFacts, s: int, linear: Linear) -> int:
     return SMALL_BYTES + lasting + max(norm, attention, feed_forward + quantised)
 
 
+def normed_decoder_bytes(model: Decoder, job: JobFacts, s: int, linear: Linear) -> int:
+    """:func:`decoder_bytes` of layers that norm queries and keys per head, in float32 below it."""
+    longest = max(job.prompt_tokens)
+    normed = longest * (2 * model.hidden * s + model.width * (3 * FLOAT_BYTES + 2 * s))
+    return max(decoder_bytes(model, job, s, linear), normed)
+
+
 def language_bytes(model: QwenEncoder, job: JobFacts, s: int, linear: Linear) -> int:
     """:func:`decoder_bytes`, with the pictures' patches and rows."""
     patches = sum(rows * columns for rows, columns in job.patches)

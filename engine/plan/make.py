@@ -112,7 +112,7 @@ def make_plan(model: ModelFacts, job: JobFacts, budget: Budget, device: DeviceFa
         )
     notes = list(job.notes)
     formats = pick_formats(device, job, choices)
-    ceilings = _ceilings(budget, device, notes)
+    ceilings = ceilings_of(budget, device, notes)
     picked = pick(device, formats, choices, branches=job.branches, rcm=job.rcm, ops=model.transformer.ops)
     made = needs(model, job, device, formats, choices)
     command = _command(model, job, ceilings, formats, choices)
@@ -160,7 +160,8 @@ def _used(model: ModelFacts, job: JobFacts) -> dict[str, int]:
     }
 
 
-def _ceilings(budget: Budget, device: DeviceFacts, notes: list[str]) -> Ceilings:
+def ceilings_of(budget: Budget, device: DeviceFacts, notes: list[str]) -> Ceilings:
+    """What is given, else what is free less a margin; the notes say so."""
     ram = budget.ram_bytes
     if ram is None:
         ram = _free("RAM", device.host_free_bytes, notes)
@@ -199,12 +200,12 @@ def _place_all(
     if not refusals:
         return phases
     needed = [least(need, device, ceilings, choices) for need in made.values()]
-    vram = None if ceilings.vram_bytes is None else _hundredth(max(each[0] for each in needed))
-    enough = Ceilings(vram, _hundredth(max(each[1] for each in needed)))
+    vram = None if ceilings.vram_bytes is None else hundredth(max(each[0] for each in needed))
+    enough = Ceilings(vram, hundredth(max(each[1] for each in needed)))
     raise PlanError(refusals[0].message, hint=f"this fits with the least: {command(enough)}")
 
 
-def _hundredth(nbytes: int) -> int:
+def hundredth(nbytes: int) -> int:
     """The size that ``size_text`` says, so that what is printed is enough."""
     return parse_size(size_text(nbytes)) + 1
 

@@ -148,9 +148,9 @@ def _encode(model: ModelFacts, job: JobFacts, device: DeviceFacts, formats: Form
     if not job.encodes:
         return Need("encode", encoder.part.name, kind, formats.encoder, (), (), ())
     linear = linear_of("text_encoder", device, formats, choices)
-    items = [*encoder.items(job, formats.plain), *_activations(kind, encoder.encode_bytes(job, s, linear), 0)]
+    items = [*encoder.items(job, formats.plain), *activation_items(kind, encoder.encode_bytes(job, s, linear), 0)]
     slabs = encoder.stack.slab_bytes(formats.encoder, formats.plain)
-    return _need("encode", encoder.part, kind, formats.encoder, slabs, items, formats)
+    return need_of("encode", encoder.part, kind, formats.encoder, slabs, items, formats)
 
 
 def _denoise(model: ModelFacts, job: JobFacts, device: DeviceFacts, formats: Formats, choices: Choices) -> Need:
@@ -162,9 +162,9 @@ def _denoise(model: ModelFacts, job: JobFacts, device: DeviceFacts, formats: For
     kept = transformer.rows_bytes(job, 4)
     if device.kind == "cpu" and s < 4:
         items.append(("modulation rows, float32", kept))
-    items += _activations(device.kind, most, 0)
+    items += activation_items(device.kind, most, 0)
     slabs = transformer.stack.slab_bytes(formats.transformer, formats.plain)
-    need = _need("denoise", transformer.part, device.kind, formats.transformer, slabs, items, formats)
+    need = need_of("denoise", transformer.part, device.kind, formats.transformer, slabs, items, formats)
     if device.kind == "cpu":
         return need
     once = transformer.once_bytes(formats.plain)
@@ -176,11 +176,12 @@ def _vae(name: str, model: ModelFacts, job: JobFacts, device: DeviceFacts, forma
     items = [("weights", vae_weights(model, formats))]
     # latents of the target and of all references, packed and unpacked, live through these phases
     held = sum(rows * columns for rows, columns in job.latent_sizes) * model.vae.z_dim * 3 * 4
-    items += _activations(device.kind, activations + held, CONVOLUTION_WORKSPACE_BYTES)
-    return _need(name, model.vae.part, device.kind, formats.vae, (), items, formats)
+    items += activation_items(device.kind, activations + held, CONVOLUTION_WORKSPACE_BYTES)
+    return need_of(name, model.vae.part, device.kind, formats.vae, (), items, formats)
 
 
-def _activations(kind: str, nbytes: int, convolution: int) -> list[tuple[str, int]]:
+def activation_items(kind: str, nbytes: int, convolution: int) -> list[tuple[str, int]]:
+    """Activations and, on a card, the workspaces of libraries and what the allocator loses between tensors."""
     items = [("activations", nbytes)]
     if kind == "cuda":
         items.append(("workspace", GEMM_WORKSPACE_BYTES + convolution))
@@ -188,7 +189,7 @@ def _activations(kind: str, nbytes: int, convolution: int) -> list[tuple[str, in
     return items
 
 
-def _need(
+def need_of(
     name: str,
     part: Part,
     kind: str,
@@ -197,6 +198,7 @@ def _need(
     items: list[tuple[str, int]],
     formats: Formats,
 ) -> Need:
+    """A phase, with what is held while its weights are read."""
     staged = min(part.nbytes, STAGING_BYTES + part.largest_bytes)
     loading = max(staged, part.largest_bytes) + max(slabs, default=0)
     casts = weight_format != "bf16" or set(part.dtypes) != {formats.plain}

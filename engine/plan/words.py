@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .budget import size_text
+from .extractor import ExtractorPlan
 from .make import Plan
 from .phases import PhasePlan
 
@@ -16,23 +17,9 @@ def as_json(plan: Plan) -> dict[str, Any]:
     """The plan as JSON values; sizes are bytes."""
     return {
         "model": plan.label,
-        "device": {
-            "kind": plan.device.kind,
-            "name": plan.device.name,
-            "architecture": plan.device.architecture,
-            "context_bytes": plan.device.context_bytes,
-        },
+        "device": _device_json(plan),
         "ceilings": {"vram_bytes": plan.ceilings.vram_bytes, "ram_bytes": plan.ceilings.ram_bytes},
-        "components": [
-            {
-                "name": part.name,
-                "parameters": part.parameters,
-                "dtypes": list(part.dtypes),
-                "bytes": part.nbytes,
-                "used_parameters": plan.used_parameters[part.name],
-            }
-            for part in plan.parts
-        ],
+        "components": _components_json(plan),
         "formats": {
             "transformer": plan.formats.transformer,
             "text_encoder": plan.formats.encoder,
@@ -51,6 +38,28 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "hints": list(plan.hints),
         "command": plan.command,
     }
+
+
+def _device_json(plan: Plan | ExtractorPlan) -> dict[str, Any]:
+    return {
+        "kind": plan.device.kind,
+        "name": plan.device.name,
+        "architecture": plan.device.architecture,
+        "context_bytes": plan.device.context_bytes,
+    }
+
+
+def _components_json(plan: Plan | ExtractorPlan) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": part.name,
+            "parameters": part.parameters,
+            "dtypes": list(part.dtypes),
+            "bytes": part.nbytes,
+            "used_parameters": plan.used_parameters[part.name],
+        }
+        for part in plan.parts
+    ]
 
 
 def _phase_json(phase: PhasePlan) -> dict[str, Any]:
@@ -84,18 +93,53 @@ def as_text(plan: Plan, *, explain: bool = False) -> str:
         plan: the plan.
         explain: also say why preferred kernels are not used.
     """
-    pieces = [_components(plan), _kernels(plan, explain=explain), *(_phase(phase) for phase in plan.phases)]
+    pieces = [
+        _components(plan, _formats(plan)),
+        _kernels(plan, explain=explain),
+        *(_phase(phase) for phase in plan.phases),
+    ]
     pieces.append(_decision(plan))
     pieces += ["\n".join(f"note: {note}" for note in plan.notes), "\n".join(f"hint: {hint}" for hint in plan.hints)]
     return "\n\n".join([piece for piece in pieces if piece] + [plan.command])
 
 
-def _components(plan: Plan) -> str:
-    formats: Mapping[str, str] = {
-        "transformer": plan.formats.transformer,
-        "text_encoder": plan.formats.encoder,
-        "vae": plan.formats.vae,
+def extractor_json(plan: ExtractorPlan) -> dict[str, Any]:
+    """The plan of an extraction as JSON values, with the names of :func:`as_json`; sizes are bytes."""
+    return {
+        "model": plan.label,
+        "device": _device_json(plan),
+        "ceilings": {"vram_bytes": plan.ceilings.vram_bytes, "ram_bytes": plan.ceilings.ram_bytes},
+        "components": _components_json(plan),
+        "formats": {"vl": plan.formats.encoder, "compute": plan.formats.plain},
+        "kernels": dict(plan.kernels),
+        "layers": plan.depth,
+        "alone": plan.alone,
+        "phases": [_phase_json(phase) for phase in plan.phases],
+        "vram_bytes": plan.vram_bytes,
+        "host_bytes": plan.host_bytes,
+        "notes": list(plan.notes),
+        "command": plan.command,
     }
+
+
+def extractor_text(plan: ExtractorPlan) -> str:
+    """The plan of an extraction for people, as :func:`as_text` prints others."""
+    formats = {"vl": plan.formats.encoder}
+    kernels = _table([("kernel", "runs as"), *plan.kernels.items()])
+    decision = [_peaks(plan), f"{plan.depth} decoder layers run, none above them is read"]
+    if plan.phases[0].name == "see":
+        both = "and freed before" if plan.alone else "beside"
+        decision.append(f"the vision tower is loaded {both} the layers")
+    pieces = [_components(plan, formats), kernels, *map(_phase, plan.phases), "\n".join(decision)]
+    pieces.append("\n".join(f"note: {note}" for note in plan.notes))
+    return "\n\n".join([piece for piece in pieces if piece] + [plan.command])
+
+
+def _formats(plan: Plan) -> dict[str, str]:
+    return {"transformer": plan.formats.transformer, "text_encoder": plan.formats.encoder, "vae": plan.formats.vae}
+
+
+def _components(plan: Plan | ExtractorPlan, formats: Mapping[str, str]) -> str:
     rows = [("component", "parameters", "stored as", "stored", "used", "runs as", "place")]
     for part in plan.parts:
         places = dict.fromkeys(_place(phase) for phase in plan.phases if phase.component == part.name)
@@ -156,14 +200,18 @@ def _cell(size: int | None) -> str:
     return "" if not size else size_text(size)
 
 
-def _decision(plan: Plan) -> str:
+def _peaks(plan: Plan | ExtractorPlan) -> str:
     vram = plan.ceilings.vram_bytes
     rows = [
         ("", "peak", "ceiling"),
         ("VRAM", size_text(plan.vram_bytes), "none" if vram is None else size_text(vram, up=False)),
         ("RAM", size_text(plan.host_bytes), size_text(plan.ceilings.ram_bytes, up=False)),
     ]
-    lines = [_table(rows)]
+    return _table(rows)
+
+
+def _decision(plan: Plan) -> str:
+    lines = [_peaks(plan)]
     denoise = plan.phase("denoise").blocks
     if denoise is not None and denoise.streamed_bytes:
         lines.append(f"{size_text(denoise.streamed_bytes)} are copied to the device per step, once for all branches")

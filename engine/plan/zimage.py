@@ -12,7 +12,7 @@ from ..kl.memory import decode_bytes, encode_bytes, weight_bytes
 from ..layout import ITEM_BYTES
 from ..vae.cut import Cut
 from ..zimage.config import ZImageConfig, padded
-from .activations import COMPLEX_BYTES, FLOAT_BYTES, SMALL_BYTES, Linear, attention_scratch, decoder_bytes
+from .activations import COMPLEX_BYTES, FLOAT_BYTES, SMALL_BYTES, Linear, attention_scratch, normed_decoder_bytes
 from .facts import ALIGNMENT_BYTES, Items, Part, Stack, count_under, shapes_of, stack_of
 
 if TYPE_CHECKING:
@@ -167,10 +167,8 @@ class Qwen3Encoder:
         return (("ends", self.head_dim * 4 + ALIGNMENT_BYTES),)
 
     def encode_bytes(self, job: JobFacts, s: int, linear: Linear) -> int:
-        """The decoder layers; queries and keys are normed per head, in float32 below it."""
-        longest = max(job.prompt_tokens)
-        normed = longest * (2 * self.hidden * s + self.width * (3 * FLOAT_BYTES + 2 * s))
-        return max(decoder_bytes(self, job, s, linear), normed)
+        """The decoder layers."""
+        return normed_decoder_bytes(self, job, s, linear)
 
 
 @dataclass(frozen=True)

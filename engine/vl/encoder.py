@@ -51,7 +51,7 @@ class VLEncoder:
         dtype: of computation, and of weights in the format ``bf16``.
         hold: format and place of the decoder layers; None keeps them as stored on the device.
         cache: folder of packed files.
-        alone: the vision tower is freed before the decoder layers are read.
+        alone: the vision tower is freed before the decoder layers are read, and they before it.
         progress: called while the layers are packed.
 
     Attributes:
@@ -111,7 +111,7 @@ class VLEncoder:
 
     def release(self) -> None:
         """Free all weights; the next :meth:`raw` reads them again."""
-        self._release_vision()
+        self.release_vision()
         self._release_language()
 
     def _release_language(self) -> None:
@@ -119,7 +119,8 @@ class VLEncoder:
             self._language.tape.close()
         self._language = None
 
-    def _release_vision(self) -> None:
+    def release_vision(self) -> None:
+        """Free the vision tower; the next picture reads it again."""
         if self._vision is not None:
             self._vision.close()
         self._vision = None
@@ -195,12 +196,14 @@ class VLEncoder:
         if patches is None:
             return Features(torch.empty(0, self.source.hidden_size, dtype=self._dtype, device=self._device))
         if self._vision is None:
+            if self._alone:
+                self._release_language()
             config, checkpoint = self._config.vision_config, self.source.component.checkpoint
             self._vision = VisionTower(config, checkpoint, self._device, self._dtype)
         self.counters.vision_runs += 1
         features = self._vision.run(patches, masked)
         if self._alone:
-            self._release_vision()
+            self.release_vision()
         return features
 
     def _sequence(

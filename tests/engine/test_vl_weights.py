@@ -137,7 +137,7 @@ def test_every_tensor_is_felt_in_the_embeddings(monkeypatch: pytest.MonkeyPatch)
     assert len(names) > 100
     for zeroed in names:
         if zeroed.startswith("visual."):
-            extractor.encoder._release_vision()
+            extractor.encoder.release_vision()
         else:
             extractor.encoder._release_language()
         changed = extractor.raw(picture(96, 64), TEXT, (-1,)).hidden[-1]
