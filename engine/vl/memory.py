@@ -46,6 +46,7 @@ class PlannedExtractor(VLEmbeddingExtractor):
     Attributes:
         plan: of the latest pass.
         told: what the ladder did, one sentence per retry.
+        log: ``load extractor`` and ``free extractor``, in order, as ``Components.log`` of an engine.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class PlannedExtractor(VLEmbeddingExtractor):
         self._ceiling: Ceiling | None = None
         self.plan: ExtractorPlan | None = None
         self.told: list[str] = []
+        self.log: list[str] = []
         super().__init__(self._encoder(source, Hold(weight_format), alone=False))
 
     def raw(  # noqa: PLR0913 (the options by name)
@@ -93,6 +95,7 @@ class PlannedExtractor(VLEmbeddingExtractor):
         work = super().raw
 
         def extract() -> RawExtraction:
+            self.log += [] if self._unloaded or self.encoder.loaded else ["load extractor"]
             return work(
                 images,
                 text,
@@ -108,6 +111,11 @@ class PlannedExtractor(VLEmbeddingExtractor):
             return ladder.climb("extract", extract, lambda: self._leaner(job, plan))
         finally:
             self.told += ladder.notes
+
+    def unload(self) -> None:
+        """Free all weights for good."""
+        self.log += ["free extractor"] if self.encoder.loaded else []
+        super().unload()
 
     def shrink(self, phase: str) -> str:
         """Make room after an out-of-memory error: free the tower, then stream half of the layers that are resident.

@@ -17,7 +17,10 @@ from qengine.engine.events import Encoded
 from qengine.engine.packing import pack_component
 from qengine.engine.plan import Budget, Choices, Plan
 from qengine.engine.request import GenerateRequest
+from qengine.engine.vl import UnloadedError
+from qengine.engine.vl.memory import open_planned
 from qengine.errors import MemoryLadderError, PlanError
+from vlpipelines import shared_vl
 from zpipelines import build_zimage, shared_zimage
 
 BLOCKS = 5
@@ -194,6 +197,28 @@ def check(found: dict[str, int], plan: Plan) -> None:
     assert predicted["denoise"] <= 1.25 * found["denoise"]
     assert found["encode"] <= predicted["encode"] <= 1.25 * found["encode"]
     assert found["decode"] <= predicted["decode"]
+
+
+def test_V34_extractor_text_encoder_transformer_and_vae_follow_one_another(tmp_path: Path) -> None:
+    meter, asked = Peaks(), request(init_image=None, strength=None)
+    extractor = open_planned(shared_vl(), "cpu", "float32", cache=tmp_path)
+    extractor._ceiling = lambda: meter
+    extractor.raw(picture(), "a dog")
+    reading, held = meter.peak, meter.live
+    extractor.unload()
+    assert meter.live < held // 4
+    meter.peak = meter.live
+    with open_engine(tmp_path, choices=Choices(offload="sequential")) as engine:
+        engine._ceiling, engine._components.log = lambda: meter, extractor.log
+        run(engine, asked)
+        log = list(extractor.log)
+    with pytest.raises(UnloadedError):
+        extractor.raw(picture())
+    assert log == [
+        *("load extractor", "free extractor", "load text_encoder", "free text_encoder"),
+        *("load vae", "free vae", "load transformer", "free transformer", "load vae"),
+    ]
+    assert max(reading, meter.peak) < reading + meter.peak - held // 2
 
 
 class Failing(Peaks):
