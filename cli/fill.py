@@ -50,6 +50,10 @@ def fill(words: Sequence[str], values: Values, talk: Talk) -> int:
         )
     if values["report"] is not None:
         raise RequestError("--report must stand beside one job, got --jobs")
+    if source.is_dir():
+        raise RequestError(f"--jobs must be a file with a job in each line, got the folder {source}")
+    if "://" in (values["output"] or ""):
+        raise RequestError(f"a queue must be a folder that renames, got {values['output']}", hint="-o FOLDER")
     command = job_command()
     jobs = read_jobs(source, command.flags)
     queue = JobFolder.make(Path(values["output"] or f"{source.stem}_queue"))

@@ -66,6 +66,8 @@ def carry_out(words: Sequence[str], values: Mapping[str, Any], talk: Talk) -> in
         raise RequestError(f"--lease must be a time in seconds above 0, got {lease:g}")
     queue = JobFolder.open(Path(words[0]))
     folder = Path(values["output"] or f"{Path(words[0]).resolve().name}_out")
+    if folder.exists() and folder.samefile(queue.root):
+        raise RequestError(f"the results must go into a folder of their own, got the queue {folder}", hint="-o FOLDER")
     renderer = Renderer(order_of(values), said(values), Ledger(folder), talk)
     start = time.perf_counter()
     try:

@@ -179,7 +179,13 @@ class Worker:
         for folder in sorted(self.queue.claimed.glob("*")):
             if folder.name == self.name or folder.name.startswith("."):
                 continue
-            if self._is_gone(folder.name):
+            pulse = self._pulse_file(folder.name)
+            if self._is_dead(pulse):
+                back += self._return(folder.name, died=True)
+                for left in (pulse, pulse.with_suffix(".lock")):
+                    left.unlink(missing_ok=True)
+            elif self._is_silent(pulse):
+                # One that only slept goes on under its name, so its files in workers/ stay.
                 back += self._return(folder.name, died=True)
         return back
 
@@ -187,21 +193,28 @@ class Worker:
         """Jobs that other workers are at."""
         return sum(worker != self.name for worker, _ in self.queue.taken())
 
-    def _is_gone(self, other: str) -> bool:
-        pulse = _read(self._pulse_file(other))
-        if pulse.get("host") == _host():
-            lock = FileLock(self.queue.workers / f"{other}.lock")
-            try:
-                lock.acquire(timeout=0)
-            except (Timeout, OSError, NotImplementedError):
-                return False
-            lock.release()
-            return True
-        known = self._pulses.get(other)
-        if known is None or known.beat != pulse.get("beat"):
-            self._pulses[other] = _Pulse(pulse.get("beat"), self._clock())
+    def _is_dead(self, pulse: Path) -> bool:
+        """A worker of this machine whose lock the system has let go of."""
+        if _read(pulse).get("host") != _host():
             return False
-        lease = pulse.get("lease")
+        lock = FileLock(pulse.with_suffix(".lock"))
+        try:
+            lock.acquire(timeout=0)
+        except (Timeout, OSError, NotImplementedError):
+            return False
+        lock.release()
+        return True
+
+    def _is_silent(self, pulse: Path) -> bool:
+        """A worker of another machine whose heartbeat has stood still for the longer of its lease and ours."""
+        said = _read(pulse)
+        if said.get("host") == _host():
+            return False
+        known = self._pulses.get(pulse.stem)
+        if known is None or known.beat != said.get("beat"):
+            self._pulses[pulse.stem] = _Pulse(said.get("beat"), self._clock())
+            return False
+        lease = said.get("lease")
         wait = max(self._lease, lease) if isinstance(lease, int | float) else self._lease
         return self._clock() - known.since > wait
 
@@ -212,7 +225,6 @@ class Worker:
             hopeless = sum(line.endswith(_DIED) for line in lines) >= DEATHS
             if _move(path, self.queue.failed if hopeless else self.queue.pending):
                 back.append(path.stem)
-        # A worker that only slept goes on under its name, so its files in workers/ stay.
         with contextlib.suppress(OSError):
             folder.rmdir()
         return back

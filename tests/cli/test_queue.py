@@ -134,6 +134,8 @@ def test_wrong_usage_of_jobs_is_refused(light, run: Run) -> None:
     assert run("extract", "IN/ref.png", "--jobs", "jobs.jsonl", "--model", "tiny")[0] == 2
     assert fill(run, "--model", "tiny", "--report", "a.png")[0] == 2
     assert run("extract", "--jobs", "nothing.jsonl", "--model", "tiny")[0] == 3
+    assert run("extract", "--jobs", "IN", "--model", "tiny")[0] == 2
+    assert run("extract", "--jobs", "jobs.jsonl", "--model", "tiny", "-o", "s3://bucket/queue")[0] == 2
     assert not light
 
 

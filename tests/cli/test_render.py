@@ -140,6 +140,7 @@ def test_wrong_usage_is_refused(fake, run) -> None:
     assert run("render", "queue", "--lease", "0")[0] == 2
     assert run("render", "nowhere")[0] == 3
     assert run("render", "queue", "-o", "photo.png")[0] == 3
+    assert run("render", "queue", "-o", "./queue")[0] == 2
     code, _, err = run("render", "queue")
     assert code == 0 and "nothing to do" in err and not fake.opened
 

@@ -70,6 +70,7 @@ def test_a_live_worker_of_this_machine_keeps_its_job_and_a_dead_one_loses_it_at_
         dead._lock.release()  # as the system does when the process is killed
         assert held is not None and other.recover() == ["a"] and not held.held
         assert other.others() == 0 and queue.waiting() == ["a", "b", "c"]
+        assert not list(queue.workers.glob(f"{dead.name}.*")), "nothing is left of it"
     dead.__exit__()
 
 
