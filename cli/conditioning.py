@@ -75,8 +75,7 @@ def recorded(record: Mapping[str, Any], picture: Path, values: Values) -> Condit
     try:
         file, sha256 = str(words["file"]), str(words["sha256"])
         knobs, blend = dict(words.get("knobs") or {}), dict(words.get("blend") or {})
-        statistics = words.get("statistics")
-        found = {} if statistics is None else {"statistics": str(_beside(statistics["file"], picture))}
+        found = _statistics(words.get("statistics"), picture)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"the record in {picture} must be whole, got one without a usable conditioning") from error
     place = named or str(_beside(file, picture))
@@ -161,17 +160,41 @@ def words_of(record: Mapping[str, Any], file: str, statistics: str | Path | None
     Args:
         record: of what was prepared.
         file: path or URL of the job file.
-        statistics: the file that was given, or None.
+        statistics: the file that was given; None is the one in the cache, where the knobs need any.
     """
     from ..engine.qx.header import sha256_of
     from ..engine.qx.remote import base_name
 
-    used = (
-        {}
-        if statistics is None
-        else {"statistics": {"file": base_name(str(statistics)), "sha256": sha256_of(Path(statistics))}}
+    knobs = record.get("knobs") or {}
+    if knobs.get("normalization_mode") in (None, "global") and knobs.get("outlier_masking") in (None, "none"):
+        return {"file": base_name(file), **record}
+    if statistics is None:
+        from ..engine.vl.stats import default_path
+
+        statistics = default_path()
+    used = {"file": base_name(str(statistics)), "sha256": sha256_of(Path(statistics))}
+    return {"file": base_name(file), **record, "statistics": used}
+
+
+def _statistics(words: Any, picture: Path) -> dict[str, str]:
+    """The recorded reference statistics, found by their bytes: beside the picture, here, or in the cache.
+
+    Raises:
+        InputError: they are in none of these.
+    """
+    if words is None:
+        return {}
+    from ..engine.qx.header import sha256_of
+    from ..engine.vl.stats import default_path
+
+    base = Path(str(words["file"]).replace("\\", "/")).name
+    for path in (picture.parent / base, Path(base), default_path()):
+        if path.is_file() and sha256_of(path) == words["sha256"]:
+            return {"statistics": str(path)}
+    raise InputError(
+        f"{base}, the reference statistics of {picture}, must be beside it to repeat it, got none of its bytes",
+        hint="put the file that was used there",
     )
-    return {"file": base_name(file), **record, **used}
 
 
 def _beside(name: str, picture: Path) -> Path:

@@ -19,8 +19,10 @@ from qengine.cli import main
 from qengine.engine.given import Given
 from qengine.engine.metadata import read_metadata
 from qengine.engine.qx import blended, read_job
+from qengine.engine.qx.header import sha256_of
 from qengine.engine.vl import EXPERIMENTAL, BlendKnobs, Knobs, VLEmbeddingExtractor
 from qengine.engine.vl.condition import total_std
+from qengine.engine.vl.stats import compute_statistics, default_path, write_statistics
 from vlpipelines import open_vl, picture, shared_vl
 from zpipelines import build_zimage
 
@@ -251,6 +253,23 @@ def test_names_that_are_chosen_here_overwrite_nothing(place: Path, run: Run) -> 
     before = Path("ref.qx").read_bytes()
     assert run(*words, "--hidden-layer", "-2", "-o", "ref.qx")[0] == 0
     assert Path("ref.qx").read_bytes() != before
+
+
+def test_a_picture_names_the_statistics_that_it_was_made_with(place: Path, run: Run, model: str) -> None:
+    read(run)
+    raw = read_job("job.qx").raw
+    assert raw is not None
+    default_path().parent.mkdir(parents=True)
+    write_statistics(default_path(), compute_statistics([raw.hidden[-6]]))
+    words = ("generate", "Homer Simpson", "--conditioning", "job.qx", "--model", model, *SMALL, "-o", "out.png")
+    assert run(*words, "--normalization", "per_dim")[0] == 0
+    said = read_metadata("out.png")["conditioning"]["statistics"]
+    assert said == {"file": default_path().name, "sha256": sha256_of(default_path())}
+    assert run("rerun", "out.png")[0] == 0
+    assert np.array_equal(pixels("out_rerun.png"), pixels("out.png"))
+    write_statistics(default_path(), compute_statistics([raw.hidden[-6] * 2]))
+    code, _, err = run("rerun", "out.png")
+    assert code == 3 and "the reference statistics of out.png" in err
 
 
 def test_files_can_be_elsewhere(place: Path, run: Run, model: str) -> None:
