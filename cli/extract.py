@@ -118,7 +118,7 @@ def wanted_of(words: Sequence[str], values: Values) -> Wanted:
     if len(prompts) > 1:
         raise RequestError(f"prompt must be given once, got {len(prompts)}", hint="put it in one pair of quotes")
     pictures = tuple(Path(name) for name in (*shown, *values["ref"]))
-    wanted = Wanted(pictures, *(prompts or [None]), _named(values), values["vl_model"] is not None)
+    wanted = Wanted(pictures, next(iter(prompts), None), _named(values), values["vl_model"] is not None)
     if not wanted.model and not wanted.reads:
         raise RequestError(
             "extract must get a model that reads or encodes, got none",
