@@ -131,8 +131,12 @@ def _check(job: JobFile, order: Order, asked: Conditioned) -> None:
     """What can be wrong without the model."""
     from ..engine.qx.settings import settle
     from ..engine.qx.use import check_prompt
+    from ..engine.vl import read_statistics
 
-    check_prompt(job, settle(job, _said(order, asked)))
+    settings = settle(job, _said(order, asked))
+    check_prompt(job, settings)
+    if settings.statistics is not None:
+        read_statistics(settings.statistics)
     if "init_image" in order.request:
         backend.check_picture(order.request["init_image"])
 

@@ -144,6 +144,8 @@ def make_job(wanted: Wanted, values: Values, talk: Talk) -> JobFile:
     """
     from . import extraction
 
+    if values["vl_statistics"]:
+        extraction.read_statistics(values["vl_statistics"])
     for path in (*wanted.pictures, *([Path(values["init_image"])] if values["init_image"] else [])):
         extraction.check_picture(path)
     knobs, blend, layers = extraction.settings(values)
@@ -199,9 +201,12 @@ def _local(text: str | None, wanted: Wanted) -> tuple[Path, bool]:
 def _write(job: JobFile, place: str | Path, values: Values, talk: Talk, start: float) -> int:
     from ..engine.qx import write_job
     from ..engine.qx.remote import shown
+    from .extraction import draw
 
     lines = _tell(job, values, talk)
     write_job(place, job)
+    if job.raw is not None and values["report"]:
+        draw(job, values["vl_statistics"], Path(values["report"]))
     size = sum(tensor.nbytes for tensor in job.tensors.values())
     name = shown(place) if isinstance(place, str) else str(place)
     what = ", ".join(f"{each} {'x'.join(map(str, tensor.shape))}" for each, tensor in job.tensors.items())
@@ -219,14 +224,12 @@ def _write(job: JobFile, place: str | Path, values: Values, talk: Talk, start: f
 
 
 def _tell(job: JobFile, values: Values, talk: Talk) -> list[str]:
-    """What was read in numbers, and the picture of it where one is asked for."""
+    """What was read, in numbers."""
     if job.raw is None:
         return []
-    from .extraction import draw, numbers
+    from .extraction import numbers
 
     lines = numbers(job, values["vl_statistics"])
     for line in lines:
         talk.say(line if line.startswith("note: ") else f"{'read':<8} {line}")
-    if values["report"]:
-        draw(job, values["vl_statistics"], Path(values["report"]))
     return lines

@@ -12,6 +12,7 @@ from ..engine.qx import JobFile, blended
 from ..engine.qx.fit import picture_notes
 from ..engine.qx.make import encoded, extractor_words
 from ..engine.vl import EXPERIMENTAL, BlendKnobs, Knobs, condition, likeness, report
+from ..engine.vl.stats import read_statistics as read_statistics
 from ..errors import CheckpointError, RequestError
 from ..loaders.variant import ZIMAGE
 from ..loaders.vl import open_vl

@@ -30,7 +30,7 @@ class JobFile:
         knobs: chosen when the file was made; a run may choose others.
         blend: likewise.
         extractor: what read the pictures: its base name and ``VLEncoder.identity`` without the device.
-        model: what encoded ``given``: its base name, variant, fingerprint and compute dtype.
+        model: what encoded ``given``: its base name, variant, fingerprint, compute dtype and weight formats.
         render: options of the run that the file was made for, JSON values by the names of the request's fields.
         written: date, ISO 8601; None takes now when it is written.
         sha256: of the file as it was read; empty before.

@@ -48,6 +48,7 @@ def encoded(engine: Engine, request: GenerateRequest, render: Mapping[str, Any] 
             f"a job file must be of Z-Image or of an edit, got a picture from text alone with {source.variant}",
             hint="name a picture to edit, or another model",
         )
+    formats = engine.plan(request).formats
     given = engine.extract(request)
     return JobFile(
         kind="qwen-image-edit" if edit else "z-image",
@@ -60,6 +61,8 @@ def encoded(engine: Engine, request: GenerateRequest, render: Mapping[str, Any] 
             "variant": source.variant,
             "fingerprint": source.fingerprint,
             "dtype": str(engine.dtype).removeprefix("torch."),
+            "text_encoder_weights": formats.encoder,
+            "vae_weights": formats.vae,
         },
         render=dict(render or {}),
     )

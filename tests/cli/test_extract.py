@@ -295,6 +295,7 @@ def test_files_can_be_elsewhere(place: Path, run: Run, model: str) -> None:
         (("extract", "ref.png", "--vl-model", "VL", "--mask-tokens", "900"), 2, "mask_tokens must be some of"),
         (("extract", "ref.png", "--vl-model", "VL", "-o", "job.pt"), 2, "job file must end in .qx"),
         (("extract", "ref.png", "--vl-model", "VL", "-o", "ref.png"), 2, "job file must end in .qx"),
+        (("extract", "ref.png", "--vl-model", "VL", "--vl-statistics", "vl.pt"), 3, "vl.pt"),
         (("extract", "ref.png", "--vl-model", "VL", "--report", "ref.png"), 2, "must differ from the input"),
         (("extract", "ref.png", "x", "--model", "tiny", "--report", "r.png"), 2, "--report must stand beside"),
         (("extract", "ref.png", "x", "--prompt", "y", "--vl-model", "VL"), 2, "prompt must be given once"),
