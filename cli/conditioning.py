@@ -64,9 +64,11 @@ def recorded(record: Mapping[str, Any], picture: Path, values: Values) -> Condit
     """
     words, named = record.get("conditioning"), values.get("conditioning")
     if words is None and record["request"].get("given") is not None:
+        again = "repeat the command with its --conditioning file"
+        if "read" in record:
+            again = "repeat its command; what qengine extract reads into a file can be rendered and repeated"
         raise InputError(
-            f"{picture} must hold all that made it, got a record of parts that were encoded elsewhere",
-            hint="repeat the command with its --conditioning file",
+            f"{picture} must hold all that made it, got a record of parts that were encoded elsewhere", hint=again
         )
     if words is None:
         if named is not None:
