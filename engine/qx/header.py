@@ -126,7 +126,11 @@ def _checked(text: str, tensors: Mapping[str, torch.Tensor], name: str) -> dict[
             hint="this qengine is older than the file; update it, or extract again",
         )
     claimed = said.pop("sha256", None)
-    if hashlib.sha256(_canonical(said).encode()).hexdigest() != claimed:
+    try:
+        found = hashlib.sha256(_canonical(said).encode()).hexdigest()
+    except ValueError as error:
+        raise InputError(f"{name}: header must hold finite numbers and whole text, got: {error}", hint=AGAIN) from error
+    if found != claimed:
         raise InputError(f"{name} must hold the header that was written, got an altered one", hint=AGAIN)
     if tensors_sha256(tensors) != said.get("tensors"):
         raise InputError(f"{name} must hold the tensors that were written, got altered ones", hint=AGAIN)

@@ -192,6 +192,14 @@ def test_an_unknown_version_is_refused(file: Path, version: Any) -> None:
         read_job(rewritten(file, {"version": version}))
 
 
+@pytest.mark.parametrize("text", ['"x": NaN', '"x": 1e999', '"x": "\\ud800"', '"x": ' + "[" * 5000 + "]" * 5000])
+def test_what_is_no_plain_json_is_refused(file: Path, text: str) -> None:
+    document = '{"format": "qengine-job", "version": 1, ' + text + "}"
+    save_file(load_file(file), file, {"qengine": document})
+    with pytest.raises(InputError):
+        read_job(file)
+
+
 def test_another_format_is_refused(file: Path) -> None:
     with pytest.raises(InputError, match=f"must be a {FORMAT} file"):
         read_job(rewritten(file, {"format": "something"}))
