@@ -268,6 +268,12 @@ def open_extractor(values: Mapping[str, Any]) -> VLEmbeddingExtractor:
     return VLEmbeddingExtractor.from_pretrained(values["vl_model"], place, dtype, weight_format=values["vl_weights"])
 
 
+def told(extractor: VLEmbeddingExtractor) -> tuple[str, ...]:
+    """What should be heard of a planned pass: its plan, and every retry; nothing of one without ceilings."""
+    plan = getattr(extractor, "plan", None)
+    return (*(() if plan is None else plan.notes), *getattr(extractor, "told", ()))
+
+
 def _preset(values: Mapping[str, Any]) -> dict[str, Any]:
     """All settings of the preset, so that it replaces whatever a file says."""
     said = recipe_of(values)

@@ -17,7 +17,7 @@ from ..errors import CheckpointError, RequestError
 from ..loaders.variant import ZIMAGE
 from ..loaders.vl import open_vl
 from . import backend
-from .blend import blend_of, knobs_of, open_extractor
+from .blend import blend_of, knobs_of, open_extractor, told
 from .memory import memory_choice
 from .meter import PackMeter
 from .order import device_choice, model_choice, request_fields
@@ -82,6 +82,8 @@ def read(wanted: Wanted, values: Values, layers: tuple[int, ...], talk: Talk) ->
     device = extractor.encoder.identity["device"]
     name = source.folder.resolve().name
     talk.display.end(f"{name} ({source.variant}), {device}, {job_layers(layers)}  {took}, then freed")
+    for note in told(extractor):
+        talk.warn(note)
     return job
 
 

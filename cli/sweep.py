@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CheckpointError, RequestError
 from . import backend
 from .axes import numbers_of, pictures_of
-from .blend import blend_of, knobs_of, open_extractor, recipe_of
+from .blend import blend_of, knobs_of, open_extractor, recipe_of, told
 from .cells import Folder, make_cells
 from .meter import PackMeter
 from .order import Order, check_files, generate_order
@@ -141,6 +141,8 @@ def read_pictures(sweep: Sweep, engine: Engine, talk: Talk) -> JobFile:
     talk.display.end(
         f"{extractor.source.folder.name}, {len(raw.input_ids)} tokens, {seconds_text(_clock() - start)}, freed"
     )
+    for note in told(extractor):
+        talk.warn(note)
     return replace(sweep.job, raw=raw, extractor=extractor_words(extractor))
 
 

@@ -6,7 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
+
+from ..errors import RequestError
 from .conditioning import Conditioning
+from .given import Given
 from .picture import resize
 from .reference.resolve import veil
 
@@ -41,6 +45,28 @@ def encode(job: Job, components: Components, check: Callable[[], None]) -> Made:
         known.append(cached)
         made = {shown: replace(each, negative_embeds=second.prompt_embeds) for shown, each in made.items()}
     return made, all(known)
+
+
+def only_cast(job: Job) -> Cast:
+    """The pictures that every step sees: all of them.
+
+    Raises:
+        RequestError: a step sees fewer.
+    """
+    every = tuple(range(len(job.references)))
+    if job.casts != (every,):
+        raise RequestError(
+            "every picture must be seen by every step to be encoded beforehand, got strengths of 0",
+            hint="leave out the pictures, or say the strength when the picture is made",
+        )
+    return every
+
+
+def given_of(job: Job, known: Conditioning, references: tuple[torch.Tensor, ...], init: torch.Tensor | None) -> Given:
+    """What was encoded of a job, on the CPU, as another run takes it."""
+    known = known.to(torch.device("cpu"))
+    size = (job.target.width, job.target.height) if references or init is not None else None
+    return Given(known.prompt_embeds, known.negative_embeds, references, init, size)
 
 
 def _given(job: Job, components: Components, check: Callable[[], None]) -> Made:

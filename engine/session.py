@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
@@ -12,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import Cancelled, RequestError
+from ..errors import Cancelled, PlanError
 from ..loaders import ModelSource, open_model
 from .ceiling import Ceiling, make_ceiling
 from .components import Components, pick_device, pick_dtype
 from .defaults import Defaults, defaults_of
 from .denoise import Denoiser
-from .encode import encode
+from .encode import encode, given_of, only_cast
 from .events import Decoded, Encoded, Result, Step
 from .given import Given
 from .job import Job
@@ -145,8 +146,8 @@ class Engine:
             shape.check(request.given)
         return resolve(request, self.defaults, shape.multiple)
 
-    def _plan(self, job: Job) -> Plan:
-        asked = self._job_facts(job)
+    def _plan(self, job: Job, only: tuple[str, ...] = ()) -> Plan:
+        asked = replace(self._job_facts(job), only=only)
         device = facts_for(self.device, self._facts, asked, self._choices)
         return make_plan(self._facts, asked, self._budget, device, self._choices)
 
@@ -210,7 +211,7 @@ class Engine:
             MemoryLadderError: memory ran out after every retry.
         """
         with self._turn.take(wait=wait):
-            job, plan, _, climb = self._begin(request)
+            job, plan, _, climb = self._begin(request, ("encode",))
             try:
                 made, cached = climb("encode", lambda: encode(job, self._components, self._check))
             finally:
@@ -239,25 +240,17 @@ class Engine:
             MemoryLadderError: memory ran out after every retry.
         """
         with self._turn.take(wait=wait):
-            job, _, _, climb = self._begin(request)
-            every = tuple(range(len(job.references)))
-            if job.casts != (every,):
-                raise RequestError(
-                    "every picture must be seen by every step to be encoded beforehand, got strengths of 0",
-                    hint="leave out the pictures, or say the strength when the picture is made",
-                )
+            job, _, _, climb = self._begin(request, ("encode", "reference"))
+            every = only_cast(job)
             try:
                 made, _ = climb("encode", lambda: encode(job, self._components, self._check))
-                latents: tuple[tuple[torch.Tensor, ...], torch.Tensor | None] = (), None
-                if job.references or job.init is not None:
+                references, init = (), None
+                if job.references or job.denoise is not None:
                     self._check()
-                    latents = climb("reference", lambda: encode_all(job, self._components))
+                    references, init = climb("reference", lambda: encode_all(job, self._components))
             finally:
                 self._components.rest()
-        references, init = latents
-        known = made[job.shown(every)].to(torch.device("cpu"))
-        size = (job.target.width, job.target.height) if references or init is not None else None
-        return Given(known.prompt_embeds, known.negative_embeds, references, init, size)
+        return given_of(job, made[job.shown(every)], references, init)
 
     def latents(self, image: Picture, *, size: tuple[int, int] | None = None, wait: bool = False) -> torch.Tensor:
         """Clean normalised latents [1, z, 1, h, w] of a picture, float32 on the CPU; only the VAE is loaded.
@@ -280,7 +273,7 @@ class Engine:
                 request = GenerateRequest(init_image=picture, **more)
             else:
                 request = EditRequest(images=(picture,), resize_control="image", **more)
-            job, _, _, climb = self._begin(request)
+            job, _, _, climb = self._begin(request, ("reference",))
             try:
                 self._components.enter("reference")
                 tokens = climb("reference", lambda: encode_picture(picture, job.target, self._components))
@@ -324,11 +317,22 @@ class Engine:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _begin(self, request: GenerateRequest) -> tuple[Job, Plan, Ladder, Callable[..., Any]]:
-        """What every run begins with: the job, its plan, and how its phases are climbed."""
+    def _begin(
+        self, request: GenerateRequest, only: tuple[str, ...] = ()
+    ) -> tuple[Job, Plan, Ladder, Callable[..., Any]]:
+        """The job, its plan, and how its phases are climbed.
+
+        Where the whole does not fit and only some phases are run, these alone are planned.
+        """
         self._cancelled.clear()
         job = self._resolve(request)
-        plan = self._components.plan = self._plan(job)
+        try:
+            plan = self._plan(job)
+        except PlanError:
+            if not only:
+                raise
+            plan = self._plan(job, only)
+        self._components.plan = plan
         ladder = self._ladder(plan)
         return job, plan, ladder, partial(ladder.climb, fitting=lambda: self._fitting(job, plan))
 
@@ -362,7 +366,8 @@ class Engine:
         return Ladder(self._components, self._ceiling)
 
     def _fitting(self, job: Job, plan: Plan) -> str:
-        return what_would_fit(self._facts, self._job_facts(job), plan, self._budget, self._choices)
+        asked = replace(self._job_facts(job), only=tuple(phase.name for phase in plan.phases))
+        return what_would_fit(self._facts, asked, plan, self._budget, self._choices)
 
     def _words(self, plan: Plan) -> tuple[str, ...]:
         """Notes of the plan, where there was something to decide."""

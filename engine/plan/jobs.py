@@ -52,6 +52,7 @@ class JobFacts:
         steered: references weigh otherwise than trained, or a part of the picture is kept.
         given_tokens: per branch, tokens of conditioning that comes with the request; none where it is all encoded.
         encodes: something is left to encode.
+        only: the phases that are run; all of them where empty.
     """
 
     kind: str
@@ -70,6 +71,7 @@ class JobFacts:
     encoded: tuple[Size, ...] = ()
     casts: int = 1
     steered: bool = False
+    only: tuple[str, ...] = ()
     given_tokens: tuple[int, ...] = ()
     encodes: bool = True
 

@@ -115,14 +115,16 @@ def make_plan(model: ModelFacts, job: JobFacts, budget: Budget, device: DeviceFa
     ceilings = ceilings_of(budget, device, notes)
     picked = pick(device, formats, choices, branches=job.branches, rcm=job.rcm, ops=model.transformer.ops)
     made = needs(model, job, device, formats, choices)
+    made = {name: need for name, need in made.items() if not job.only or name in job.only}
     command = _command(model, job, ceilings, formats, choices)
     phases = _place_all(made, device, ceilings, choices, lambda room: _command(model, job, room, formats, choices))
     phases, on_device, on_host = _keep(model, made, phases, device, ceilings, choices, formats)
-    swapped = phases["denoise"].blocks
+    denoise = phases.get("denoise")
+    swapped = None if denoise is None else denoise.blocks
     if swapped is not None and swapped.streamed_bytes and choices.offload != "sequential":
         command = _command(model, job, ceilings, formats, _swapping(choices, len(swapped.placement.copied), blocks))
     notes += _words_on(phases, formats, device, choices)
-    hints = _hints(model, job, ceilings, device, choices, phases["denoise"])
+    hints = () if denoise is None else _hints(model, job, ceilings, device, choices, denoise)
     return Plan(
         label=model.label,
         device=device,

@@ -14,8 +14,9 @@ from pipelines import shared_pipeline
 from qengine import Decoded, EditRequest, Engine, GenerateRequest
 from qengine.engine.defaults import DEFAULTS
 from qengine.engine.given import Given
+from qengine.engine.plan import Budget, phases
 from qengine.engine.reference.options import Reference
-from qengine.errors import RequestError
+from qengine.errors import PlanError, RequestError
 from zpipelines import shared_zimage
 
 AREA = 64 * 64
@@ -141,3 +142,23 @@ def test_parts_of_another_model_are_refused(tmp_path: Path, given: Given, words:
 def test_given_parts_are_checked_when_they_are_made(fields: dict[str, torch.Tensor], words: str) -> None:
     with pytest.raises(RequestError, match=words):
         Given(**fields)
+
+
+def test_a_machine_that_cannot_render_encodes_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = EditRequest(images=PICTURES[:1], prompt="make it night", num_inference_steps=1, true_cfg_scale=1)
+    with Engine.open(shared_pipeline("edit-2511"), device="cpu", cache_dir=tmp_path / "a") as engine:
+        plan = engine.plan(request)
+        expected = engine.extract(request)
+    peaks = {phase.name: phase.vram_bytes for phase in plan.phases}
+    needed = max(peaks["encode"], peaks["reference"])
+    real = phases._denoise
+    monkeypatch.setattr(phases, "_denoise", lambda *facts: replace(real(*facts), device_items=(("room", 1 << 50),)))
+    with Engine.open(
+        shared_pipeline("edit-2511"), device="cpu", cache_dir=tmp_path / "b", budget=Budget(vram_bytes=2 * needed)
+    ) as engine:
+        with pytest.raises(PlanError):
+            list(engine.stream(request))
+        made = engine.extract(request)
+        assert engine.encode(request).cached
+        assert [phase.name for phase in engine._components.planned.phases] == ["encode"]
+    assert made.key == expected.key
