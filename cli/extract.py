@@ -94,6 +94,7 @@ def carry_out(words: Sequence[str], values: Values, talk: Talk) -> int:
         return queue.carry_out(words, values, talk)
     if values["dataset_config"] is not None or values["cache"] is not None:
         return dataset.carry_out(words, values, talk)
+    _refuse_many(values)
     wanted = wanted_of(words, values)
     place = _place(wanted, values)
     start = time.perf_counter()
@@ -159,6 +160,15 @@ def make_job(wanted: Wanted, values: Values, talk: Talk) -> JobFile:
         raise RuntimeError("a job must be read or encoded")
     render = extraction.render_of(values, job)
     return replace(job, prompt=wanted.prompt, knobs=knobs, blend=blend, render=render)
+
+
+def _refuse_many(values: Values) -> None:
+    """Raise RequestError for a flag that only many jobs, or a dataset, have a use for."""
+    for flag in queue.FLAGS + dataset.FLAGS:
+        if values[flag.key] not in (None, False, ()):
+            raise RequestError(
+                f"{flag.name} must stand beside --jobs or --dataset-config, got it for one job", hint="leave it out"
+            )
 
 
 def _named(values: Values) -> bool:

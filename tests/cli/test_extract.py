@@ -341,3 +341,8 @@ def test_help_needs_no_torch() -> None:
     script = "import sys; from qengine.cli import main; main(['extract', '--help']); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "PYTHONPATH": roots}, timeout=60)
     assert callable(main)
+
+
+def test_a_flag_for_many_jobs_is_refused_for_one(run, tmp_path: Path) -> None:
+    code, out, err = run("extract", "--image", "a.png", "--vl-model", "vl", "--resume", "-o", str(tmp_path / "a.qx"))
+    assert (code, out) == (2, "") and "--resume must stand beside --jobs" in err
