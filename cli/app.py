@@ -158,9 +158,12 @@ def _version(context: click.Context, parameter: click.Parameter, value: bool) ->
 def _talk(values: dict[str, Any]) -> Talk:
     if values["quiet"] and values["verbose"]:
         raise RequestError("the words on stderr must be fewer or more, got both -q and -v")
+    from .heard import heard
     from .progress import Talk
 
-    return Talk(quiet=values["quiet"], verbose=values["verbose"])
+    talk = Talk(quiet=values["quiet"], verbose=values["verbose"])
+    click.get_current_context().with_resource(heard(talk))
+    return talk
 
 
 def _edit(words: tuple[str, ...], **values: Any) -> int:

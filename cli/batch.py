@@ -10,13 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
-from click import ClickException
-from click.core import ParameterSource
-
 from ..errors import BatchError, Cancelled, OutputError, QEngineError, RequestError
 from . import backend
 from .command import Command
-from .jobs import Job, read_jobs, read_line
+from .jobs import Job, read_jobs, read_line, spoken
 from .manifest import Manifest, clear_parts, identity, locked
 from .meter import PackMeter
 from .options import EDIT_SECTIONS, JOB_SECTIONS
@@ -150,23 +147,7 @@ class Batch:
 
     def _order(self, job: Job) -> Order:
         """The order of a job: its own words over those of the command line."""
-        if job.error is not None:
-            raise job.error
-        try:
-            context = self._command.make_context("job", list(job.words))
-        except ClickException as error:
-            raise RequestError(error.format_message()) from error
-        given = {
-            name: value
-            for name, value in context.params.items()
-            if context.get_parameter_source(name) is not ParameterSource.DEFAULT
-        }
-        shared = sorted(SHARED & given.keys())
-        if shared:
-            raise RequestError(
-                f"a job must leave {', '.join(shared)} to the command line, got its own",
-                hint="one batch runs on one engine",
-            )
+        given = spoken(self._command, job, SHARED, hint="one batch runs on one engine")
         merged = {**self._values, **given, "output": None, "save_path": None}
         order = edit_order([], merged) if merged["ref"] else generate_order([], merged)
         if order.stages or order.then:

@@ -12,7 +12,8 @@ from .flag import Flag
 from .memory import budget_of
 
 if TYPE_CHECKING:
-    from ..engine.vl import BlendKnobs, Knobs, Recipe, VLEmbeddingExtractor
+    from ..engine.vl import BlendKnobs, Knobs, Recipe
+    from ..engine.vl.memory import PlannedExtractor
 
 RECIPES = (
     *("style_transfer", "style_transfer_adain", "style_transfer_text"),
@@ -246,7 +247,7 @@ def layers_of(words: Sequence[str]) -> Any:
     return next(iter(found)) if len(found) == 1 else found
 
 
-def open_extractor(values: Mapping[str, Any]) -> VLEmbeddingExtractor:
+def open_extractor(values: Mapping[str, Any]) -> PlannedExtractor:
     """The model that reads pictures, as the flags in :data:`VL` say.
 
     Raises:
@@ -254,24 +255,24 @@ def open_extractor(values: Mapping[str, Any]) -> VLEmbeddingExtractor:
         CheckpointError: it is missing, incomplete or of another kind.
         DeviceError: the device is not there.
     """
-    from ..engine.components import pick_device
-    from ..engine.vl import VLEmbeddingExtractor
+    from ..engine.vl.memory import open_planned
 
     if values["vl_model"] is None:
         raise RequestError("a model that reads pictures must be named, got none", hint="--vl-model DIR of a Qwen3-VL")
-    place, dtype = pick_device(values["vl_device"] or "auto"), values["vl_dtype"] or "auto"
-    if values.get("vram") or values.get("ram") or values.get("offload"):
-        from ..engine.vl.memory import open_planned
+    return open_planned(
+        values["vl_model"],
+        values["vl_device"] or "auto",
+        values["vl_dtype"] or "auto",
+        budget=budget_of(values),
+        weight_format=values["vl_weights"] or "bf16",
+        offload=values["offload"] or "auto",
+    )
 
-        held = {"weight_format": values["vl_weights"] or "bf16", "offload": values.get("offload") or "auto"}
-        return open_planned(values["vl_model"], place, dtype, budget=budget_of(values), **held)
-    return VLEmbeddingExtractor.from_pretrained(values["vl_model"], place, dtype, weight_format=values["vl_weights"])
 
-
-def told(extractor: VLEmbeddingExtractor) -> tuple[str, ...]:
-    """What should be heard of a planned pass: its plan, and every retry; nothing of one without ceilings."""
-    plan = getattr(extractor, "plan", None)
-    return (*(() if plan is None else plan.notes), *getattr(extractor, "told", ()))
+def told(extractor: PlannedExtractor, values: Mapping[str, Any]) -> tuple[str, ...]:
+    """What should be heard of a pass: its plan where ceilings or an offload were asked for, and every retry."""
+    asked = any(values[name] is not None for name in ("vram", "ram", "offload"))
+    return (*(extractor.plan.notes if asked and extractor.plan is not None else ()), *extractor.told)
 
 
 def _preset(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CheckpointError, InputError, RequestError
 from . import backend
 from .blend import said_of
-from .heard import heard
 from .meter import PackMeter
 from .order import SINGLE_FILES, Conditioned, Order, Values, check_files, generate_order
 from .outputs import check_preview_folder, choose
@@ -104,7 +103,7 @@ def carry_out(order: Order, talk: Talk) -> int:
         check_preview_folder(order.preview)
     results, packing = [], PackMeter(talk)
     try:
-        with heard(talk), backend.cancelling(open_engine(order, talk, packing)) as engine:
+        with backend.cancelling(open_engine(order, talk, packing)) as engine:
             made = _prepared(job, order, asked, engine, talk)
             record = {"conditioning": words_of(made.record, asked.file, asked.said.get("statistics"))}
             for seed, target in zip(order.seeds, targets, strict=True):

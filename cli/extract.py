@@ -15,7 +15,6 @@ from . import dataset, queue
 from .blend import BLEND, KNOBS, VL
 from .expand import looks_like_picture
 from .flag import Flag
-from .heard import heard
 from .options import DEVICE, KERNELS, MEMORY, MODEL, PACKED, REQUEST, TALK, TEMPLATE, VARIANT
 from .order import SINGLE_FILES, check_files
 from .outputs import check_picture_file, check_preview_folder, check_targets
@@ -99,9 +98,8 @@ def carry_out(words: Sequence[str], values: Values, talk: Talk) -> int:
     place = _place(wanted, values)
     start = time.perf_counter()
     try:
-        with heard(talk):
-            job = make_job(wanted, values, talk)
-            return _write(job, place, values, talk, start)
+        job = make_job(wanted, values, talk)
+        return _write(job, place, values, talk, start)
     finally:
         talk.display.close()
 

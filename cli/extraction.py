@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from .zimage import starting
 
 if TYPE_CHECKING:
     from ..engine.request import GenerateRequest
-    from ..engine.vl import VLEmbeddingExtractor
+    from ..engine.vl import RawExtraction, VLEmbeddingExtractor
     from .extract import Wanted
 
 Values = Mapping[str, Any]
@@ -82,7 +82,7 @@ def read(wanted: Wanted, values: Values, layers: tuple[int, ...], talk: Talk) ->
     device = extractor.encoder.identity["device"]
     name = source.folder.resolve().name
     talk.display.end(f"{name} ({source.variant}), {device}, {job_layers(layers)}  {took}, then freed")
-    for note in told(extractor):
+    for note in told(extractor, values):
         talk.warn(note)
     return job
 
@@ -94,11 +94,23 @@ def job_layers(layers: tuple[int, ...]) -> str:
 
 def read_with(extractor: VLEmbeddingExtractor, wanted: Wanted, values: Values, layers: tuple[int, ...]) -> JobFile:
     """Raw hidden states of the pictures by an opened model."""
+    raw = raw_of(extractor, wanted.pictures, values, layers)
+    return JobFile(raw=raw, extractor=extractor_words(extractor), prompt=wanted.prompt)
+
+
+def raw_of(
+    extractor: VLEmbeddingExtractor, pictures: Sequence[Path], values: Values, layers: tuple[int, ...]
+) -> RawExtraction:
+    """What an opened model sees in pictures, as the flags say.
+
+    Raises:
+        RequestError: how tokens are masked is said, and not which.
+    """
     masked = tuple(values["mask_tokens"])
     if values["mask_mode"] is not None and not masked:
         raise RequestError("--mask-mode must stand beside --mask-tokens, got it alone")
-    raw = extractor.raw(
-        list(wanted.pictures),
+    return extractor.raw(
+        list(pictures),
         values["text"],
         layers,
         system_prompt=values["system_prompt"],
@@ -106,7 +118,6 @@ def read_with(extractor: VLEmbeddingExtractor, wanted: Wanted, values: Values, l
         mask_tokens=masked,
         mask_mode=values["mask_mode"] or "attention",
     )
-    return JobFile(raw=raw, extractor=extractor_words(extractor), prompt=wanted.prompt)
 
 
 def encode(wanted: Wanted, values: Values, talk: Talk) -> JobFile:

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from click import ClickException
+from click.core import ParameterSource
+
 from ..errors import InputError, QEngineError, RequestError
+from .command import Command
 from .expand import looks_like_picture
 from .options import Flag
 
@@ -198,3 +202,32 @@ def _flag(name: str, flags: Mapping[str, Flag]) -> Flag:
             hint=f"did you mean {near[0]}?" if near else None,
         )
     return flag
+
+
+def spoken(command: Command, job: Job, shared: Collection[str], *, hint: str) -> dict[str, Any]:
+    """What a job says itself, by the keys of the flags.
+
+    Args:
+        command: that knows the flags.
+        job: as it was written.
+        shared: keys that are for the command line to say.
+        hint: why they are.
+
+    Raises:
+        QEngineError: the line could not be read, a word is wrong, or is for the command line to say.
+    """
+    if job.error is not None:
+        raise job.error
+    try:
+        context = command.make_context("job", list(job.words))
+    except ClickException as error:
+        raise RequestError(error.format_message()) from error
+    given = {
+        name: value
+        for name, value in context.params.items()
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT
+    }
+    wrong = sorted(given.keys() & set(shared))
+    if wrong:
+        raise RequestError(f"a job must leave {', '.join(wrong)} to the command line, got its own", hint=hint)
+    return given

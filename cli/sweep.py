@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -121,27 +122,19 @@ def read_pictures(sweep: Sweep, engine: Engine, talk: Talk) -> JobFile:
         return sweep.job
     values = sweep.values
     from ..engine.qx.make import extractor_words
+    from .extraction import raw_of
 
     talk.display.start("read")
     extractor = open_extractor(values)
     try:
         _check_width(extractor.hidden_size, engine)
-        start = _clock()
-        raw = extractor.raw(
-            [str(path) for path in sweep.read],
-            values["text"],
-            sweep.job.knobs.layers,
-            system_prompt=values["system_prompt"],
-            think_block=values["think"],
-            mask_tokens=values["mask_tokens"],
-            mask_mode=values["mask_mode"] or "attention",
-        )
+        start = time.perf_counter()
+        raw = raw_of(extractor, sweep.read, values, sweep.job.knobs.layers)
+        took = seconds_text(time.perf_counter() - start)
     finally:
         extractor.unload()
-    talk.display.end(
-        f"{extractor.source.folder.name}, {len(raw.input_ids)} tokens, {seconds_text(_clock() - start)}, freed"
-    )
-    for note in told(extractor):
+    talk.display.end(f"{extractor.source.folder.name}, {len(raw.input_ids)} tokens, {took}, freed")
+    for note in told(extractor, values):
         talk.warn(note)
     return replace(sweep.job, raw=raw, extractor=extractor_words(extractor))
 
@@ -209,9 +202,3 @@ def _check_width(width: int, engine: Engine) -> None:
             f"what reads the pictures must have the width that the transformer takes, {wanted}, got {width}",
             hint="Z-Image goes with a Qwen3-VL-4B",
         )
-
-
-def _clock() -> float:
-    import time
-
-    return time.perf_counter()

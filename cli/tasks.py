@@ -9,16 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from click import ClickException
-from click.core import ParameterSource
-
 from ..engine.queue import SUFFIX
 from ..errors import RequestError
 from . import backend
 from .command import Command
 from .expand import looks_like_picture
 from .extract import SECTIONS, Wanted, wanted_of
-from .jobs import Job
+from .jobs import Job, spoken
 from .options import REQUEST
 from .order import SINGLE_FILES, check_files, seeds_of
 
@@ -75,9 +72,8 @@ def parse(command: Command, job: Job, folder: Path, shared: Values) -> Task:
         RequestError: a word is wrong, or is for the command line to say.
         InputError: a picture cannot be used.
     """
-    if job.error is not None:
-        raise job.error
-    values = {**shared, **_given(command, job), "jobs": None, "resume": False, "output": None}
+    given = spoken(command, job, SHARED, hint="one extract reads with one model and encodes with one")
+    values = {**shared, **given, "jobs": None, "resume": False, "output": None}
     for name in PATHS:
         values[name] = _against(folder, values.get(name))
     if not values["ref"] and any(values[name] for name in ("model", *SINGLE_FILES)):
@@ -90,30 +86,6 @@ def parse(command: Command, job: Job, folder: Path, shared: Values) -> Task:
     for path in pictures:
         backend.check_picture(path)
     return Task(job, _stem(job, pictures), _identity(values, pictures), values, wanted)
-
-
-def _given(command: Command, job: Job) -> dict[str, Any]:
-    """What a job says itself.
-
-    Raises:
-        RequestError: a word is wrong, or is for the command line to say.
-    """
-    try:
-        context = command.make_context("job", list(job.words))
-    except ClickException as error:
-        raise RequestError(error.format_message()) from error
-    given = {
-        name: value
-        for name, value in context.params.items()
-        if context.get_parameter_source(name) is not ParameterSource.DEFAULT
-    }
-    shared = sorted(SHARED & given.keys())
-    if shared:
-        raise RequestError(
-            f"a job must leave {', '.join(shared)} to the command line, got its own",
-            hint="one extract reads with one model and encodes with one",
-        )
-    return given
 
 
 def _against(folder: Path, value: Any) -> Any:

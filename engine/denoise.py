@@ -102,8 +102,7 @@ class Denoiser:
         noise = _noise(self.job, self.seen, self.components)
         index = self.job.start
         if index and self.seen.first is not None:
-            sigma = float(self.schedule.sigmas[index])
-            noise = (1 - sigma) * self.seen.first.float() + sigma * noise
+            noise = self.schedule.noised(index, self.seen.first, noise)
         return RunState(self.key, index, self.job.target.grid, noise)
 
     def accept(self, state: RunState) -> RunState:

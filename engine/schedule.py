@@ -33,6 +33,17 @@ class Schedule:
         """
         return float((self.sigmas[index] * 1000).to(dtype) / 1000)
 
+    def noised(self, index: int, clean: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """``(1 - sigma) * clean + sigma * noise`` before step ``index``, in float32.
+
+        Args:
+            index: of the step.
+            clean: normalised latents, any shape.
+            noise: standard normal, the same shape.
+        """
+        sigma = float(self.sigmas[index])
+        return (1 - sigma) * clean.float() + sigma * noise.float()
+
     def step(self, index: int, latents: torch.Tensor, velocity: torch.Tensor) -> torch.Tensor:
         """Euler step ``x + (sigma_next - sigma) * v`` in float32."""
         return latents + (self.sigmas[index + 1] - self.sigmas[index]).to(latents.device) * velocity

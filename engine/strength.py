@@ -7,7 +7,11 @@ DEFAULT_STRENGTH = 0.75
 
 
 def actual_steps(steps: int, strength: float) -> int:
-    """``min(int(n * strength), n)``, the product raised by 1e-9, so that 0.29 of 100 steps are 29."""
+    """``min(int(n * strength), n)``, the product raised by 1e-9, so that 0.29 of 100 steps are 29.
+
+    Source: huggingface/diffusers@v0.42.1:src/diffusers/pipelines/z_image/pipeline_z_image_img2img.py, which runs
+    ``ceil(n * strength)`` steps and so starts 9 steps at strength 0.9 from pure noise.
+    """
     return min(int(steps * strength + 1e-9), steps)
 
 

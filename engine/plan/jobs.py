@@ -42,7 +42,6 @@ class JobFacts:
         shared_tokens: tokens that all branches certainly begin with.
         dropped_tokens: leading tokens that are no part of the conditioning.
         steps: denoising steps.
-        pixels_multiple: pixels per token side.
         dtype: compute dtype, ``auto``, ``float32`` or ``bfloat16``.
         rcm: the region of change is found while the run goes on.
         words: the request as it is typed, for the line to paste.
@@ -63,7 +62,6 @@ class JobFacts:
     shared_tokens: int
     dropped_tokens: int
     steps: int
-    pixels_multiple: int = 16
     dtype: str = "auto"
     rcm: bool = False
     words: str = ""
@@ -124,7 +122,6 @@ class JobFacts:
             conditions=[job.conditions[place] for place in shown],
             processor=processor,
             steps=job.num_inference_steps,
-            pixels_multiple=job.target.multiple,
             dtype=dtype,
             rcm=job.keep.rule == "rcm",
             words=words,
@@ -265,7 +262,6 @@ def foresee(
         conditions=[area_size(defaults.condition_area_pixels, ratio) for ratio in ratios],
         processor=processor,
         steps=fields.get("num_inference_steps") or defaults.num_inference_steps,
-        pixels_multiple=multiple,
         notes=tuple(notes),
         encoded=() if start is None else (tokens(size, multiple),),
         **rest,

@@ -36,7 +36,6 @@ class QwenTransformer:
     joint: int
     in_channels: int
     ends_parameters: int
-    modulation_parameters: int
     ops: tuple[str, ...] = ("attention", "modulate", "rope", "guidance")
 
     @property
@@ -85,7 +84,6 @@ class QwenEncoder:
     vision_hidden: int
     vision_ffn: int
     vision_heads: int
-    patch_pixels: int
     patch_values: int
     merge: int
 
@@ -172,9 +170,6 @@ def qwen_transformer(component: Component, keep: frozenset[str]) -> QwenTransfor
         }
         for i, block in enumerate(whole.blocks)
     )
-    modulation = sum(
-        prod(shape) for block in whole.blocks for name, shape in block.items() if name.startswith(NOT_IN_SLABS)
-    )
     return QwenTransformer(
         part=Part.of(component),
         stack=Stack(used, keep),
@@ -183,7 +178,6 @@ def qwen_transformer(component: Component, keep: frozenset[str]) -> QwenTransfor
         joint=config["joint_attention_dim"],
         in_channels=config["in_channels"],
         ends_parameters=count_under(shapes, "img_in.", "txt_in.", "txt_norm.", "proj_out."),
-        modulation_parameters=modulation + count_under(shapes, "norm_out.", "time_text_embed."),
     )
 
 
@@ -205,7 +199,6 @@ def qwen_encoder(component: Component) -> QwenEncoder:
         vision_hidden=vision["hidden_size"],
         vision_ffn=vision["intermediate_size"],
         vision_heads=vision["num_heads"],
-        patch_pixels=patch,
         patch_values=vision["in_channels"] * vision["temporal_patch_size"] * patch * patch,
         merge=vision["spatial_merge_size"],
     )

@@ -13,6 +13,7 @@ import torch
 
 from ...errors import CheckpointError, OutputError, RequestError
 from ...loaders.processing import find_tokenizer
+from ...loaders.variant import ZIMAGE
 from ...loaders.zimage import open_text_encoder
 from ..places import default_cache
 from ..stack import Hold
@@ -118,7 +119,7 @@ def open_encoder(
 
 def layer_of(variant: str) -> int:
     """The hidden layer that a model's prompt embeddings are: the last but one for Z-Image, else the last."""
-    return HIDDEN_LAYER if variant.startswith("z-image") else -1
+    return HIDDEN_LAYER if variant in ZIMAGE else -1
 
 
 def write_reference(path: str | Path, statistics: Statistics) -> None:

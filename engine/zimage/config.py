@@ -102,11 +102,6 @@ class ZImageConfig:
         """Most columns of image tokens."""
         return self.axes_lens[2]
 
-    def block_elements(self) -> int:
-        """Weights of one block without its modulation."""
-        attention = 4 * self.dim**2 + 2 * self.head_dim
-        return attention + 3 * self.dim * self.ffn_dim + 4 * self.dim
-
 
 def padded(tokens: int) -> int:
     """The least multiple of 32 that is not below ``tokens``."""

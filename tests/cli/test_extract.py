@@ -15,7 +15,6 @@ import pytest
 import torch
 from PIL import Image
 from qengine import Engine, GenerateRequest
-from qengine.cli import main
 from qengine.engine.given import Given
 from qengine.engine.metadata import read_metadata
 from qengine.engine.qx import blended, read_job
@@ -337,10 +336,8 @@ def test_a_prompt_is_needed_below_alpha_1(place: Path, run: Run, model: str) -> 
 
 
 def test_help_needs_no_torch() -> None:
-    roots = os.pathsep.join([str(Path(__file__).parents[3])])
     script = "import sys; from qengine.cli import main; main(['extract', '--help']); assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "PYTHONPATH": roots}, timeout=60)
-    assert callable(main)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
 def test_a_flag_for_many_jobs_is_refused_for_one(run, tmp_path: Path) -> None:

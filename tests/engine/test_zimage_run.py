@@ -12,9 +12,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from qengine.engine.kl import KlVAE
 from qengine.engine.latents import initial_noise, pack, unpack
+from qengine.engine.strength import actual_steps, start_notes
 from qengine.engine.zimage import ZImageEncoder, ZImageTransformer
 from qengine.engine.zimage.guidance import Guidance
-from qengine.engine.zimage.schedule import ZImageSchedule, make_zimage_schedule, start_latents
+from qengine.engine.zimage.schedule import ZImageSchedule, make_zimage_schedule
 from qengine.errors import CheckpointError, RequestError
 from zpipelines import SCHEDULER, open_zimage, reference_img2img, reference_zimage, shared_zimage
 
@@ -34,14 +35,18 @@ def parts() -> tuple[ZImageEncoder, ZImageTransformer, KlVAE]:
 
 @torch.no_grad()
 def denoise(
-    schedule: ZImageSchedule, embeds: list[torch.Tensor], latents: torch.Tensor, guidance: Guidance = ALONE
+    schedule: ZImageSchedule,
+    embeds: list[torch.Tensor],
+    latents: torch.Tensor,
+    guidance: Guidance = ALONE,
+    start: int = 0,
 ) -> torch.Tensor:
     """From packed noisy latents to clean ones [1, z, 1, h, w]."""
     transformer = parts()[1]
     contexts = transformer.contexts(embeds, ROWS, COLUMNS)
     times = [schedule.timestep(index, torch.float32) for index in range(len(schedule))]
     table = transformer.table(times)
-    for index, time in enumerate(times):
+    for index, time in list(enumerate(times))[start:]:
         used = contexts if guidance.is_on(time) else contexts[:1]
         velocities = transformer.velocity(latents, used, table, time, more=index + 1 < len(times))
         latents = schedule.step(index, latents, guidance.combine(velocities))
@@ -73,54 +78,36 @@ def test_S12_eight_and_nine_steps_are_the_published_lists() -> None:
 
 
 @pytest.mark.parametrize(
-    ("strength", "start", "actual"), [(1.0, 0, 9), (0.9, 1, 8), (0.8, 2, 7), (0.7, 3, 6), (0.5, 5, 4), (0.3, 7, 2)]
+    ("strength", "start", "actual"),
+    [(1.0, 0, 9), (0.9, 1, 8), (0.8, 2, 7), (0.7, 3, 6), (0.5, 5, 4), (0.3, 7, 2), (0.1, 9, 0), (0.0, 9, 0)],
 )
 def test_S08_strength_leaves_out_the_first_steps(strength: float, start: int, actual: int) -> None:
-    whole = make_zimage_schedule(9, SCHEDULER).sigmas
-    schedule = make_zimage_schedule(9, SCHEDULER, strength=strength)
-    assert (schedule.start, len(schedule), schedule.asked) == (start, actual, 9)
-    assert torch.equal(schedule.sigmas, whole[start:])
-    assert not schedule.is_round_trip
+    assert actual_steps(9, strength) == actual == 9 - start
 
 
 def test_S08_products_that_rounding_puts_below_a_whole_number_count_as_it() -> None:
     for steps, strength, actual in ((50, 0.58, 29), (90, 0.7, 63), (100, 0.29, 29), (100, 0.57, 57), (100, 0.58, 58)):
         assert int(steps * strength) == actual - 1
-        assert len(make_zimage_schedule(steps, SCHEDULER, strength=strength)) == actual
-
-
-@pytest.mark.parametrize("strength", [0.0, 0.1])
-def test_S08_no_step_is_a_round_trip_and_says_so(strength: float) -> None:
-    schedule = make_zimage_schedule(9, SCHEDULER, strength=strength)
-    assert schedule.is_round_trip and len(schedule) == 0
-    assert f"strength={strength:g}, steps=9, actual_steps=0" in schedule.notes[0]
-    clean = torch.randn(1, 16, 1, 2 * ROWS, 2 * COLUMNS)
-    assert torch.equal(start_latents(schedule, clean, torch.randn_like(clean)), clean)
-
-
-@pytest.mark.parametrize("strength", [-0.1, 1.5, float("nan")])
-def test_S08_strength_outside_of_zero_to_one_is_refused(strength: float) -> None:
-    with pytest.raises(RequestError, match="strength must be 0 to 1"):
-        make_zimage_schedule(9, SCHEDULER, strength=strength)
+        assert actual_steps(steps, strength) == actual
 
 
 def test_S09_the_notes_say_where_denoising_starts() -> None:
-    assert make_zimage_schedule(9, SCHEDULER, strength=0.9).notes == (
+    assert start_notes(0.9, 9, 9) == (
         "[img2img] strength=0.9, steps=9, actual_steps=8",
         "[img2img] Starting denoising from step 1, 8 steps remaining",
     )
-    assert make_zimage_schedule(9, SCHEDULER).notes == ()
+    assert start_notes(0.1, 9, 9)[1] == "[img2img] no step is run: the result is the picture through the VAE and back"
 
 
-def test_S10_the_start_is_mixed_at_the_first_sigma() -> None:
+def test_S10_the_start_is_mixed_at_the_sigma_of_its_step() -> None:
     clean, noise = torch.randn(1, 15, 64), torch.randn(1, 15, 64)
-    schedule = make_zimage_schedule(9, SCHEDULER, strength=0.7)
-    sigma = float(schedule.sigmas[0])
+    schedule = make_zimage_schedule(9, SCHEDULER)
+    sigma = float(schedule.sigmas[3])
     assert sigma == pytest.approx(0.8571, abs=1e-4)
-    torch.testing.assert_close(start_latents(schedule, clean, noise), (1 - sigma) * clean + sigma * noise)
-    assert torch.equal(start_latents(make_zimage_schedule(9, SCHEDULER, strength=1.0), clean, noise), noise)
-    mixed = start_latents(schedule, clean.bfloat16(), noise.bfloat16())
-    assert mixed.dtype == torch.float32
+    torch.testing.assert_close(schedule.noised(3, clean, noise), (1 - sigma) * clean + sigma * noise)
+    assert torch.equal(schedule.noised(0, clean, noise), noise)
+    assert torch.equal(schedule.noised(9, clean, noise), clean)
+    assert schedule.noised(3, clean.bfloat16(), noise.bfloat16()).dtype == torch.float32
 
 
 def test_schedules_that_are_not_defined_are_refused() -> None:
@@ -161,7 +148,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_S11_steps_count_network_evaluations(counted: list[int]) -> None:
     embeds, noise = parts()[0].encode(["a cat"]), initial_noise(0, 16, ROWS, COLUMNS)
-    for options, expected in (({}, 9), ({"schedule": "official9"}, 8), ({"strength": 0.9}, 8)):
+    for options, expected in (({}, 9), ({"schedule": "official9"}, 8)):
         counted.clear()
         denoise(make_zimage_schedule(9, SCHEDULER, **options), embeds, noise)
         assert counted == [1] * expected
@@ -233,10 +220,10 @@ def test_pixels_of_a_whole_run_equal_the_pipeline() -> None:
 def from_picture(steps: int, strength: float, seed: int) -> torch.Tensor:
     """Latents of our image-to-image run of ``picture()``."""
     encoder, _, vae = parts()
-    schedule = make_zimage_schedule(steps, SCHEDULER, strength=strength)
+    schedule, start = make_zimage_schedule(steps, SCHEDULER), steps - actual_steps(steps, strength)
     clean = pack(vae.encode(picture() * 2 - 1))
-    start = start_latents(schedule, clean, initial_noise(seed, 16, ROWS, COLUMNS))
-    return denoise(schedule, encoder.encode(["make it a cat"]), start)
+    latents = schedule.noised(start, clean, initial_noise(seed, 16, ROWS, COLUMNS))
+    return denoise(schedule, encoder.encode(["make it a cat"]), latents, start=start)
 
 
 @pytest.mark.parametrize(("steps", "strength"), [(4, 0.5), (8, 0.25), (5, 1.0)])
